@@ -237,6 +237,14 @@ def test_a_tensor_outside_its_storage_is_refused(numbers: tuple[str, str, str, s
     assert reason in refused(archive(tmp_path / "evil.pt", tensor_program(*numbers), {"x/data/0": bytes(16)}))
 
 
+def test_one_list_in_every_layer_is_not_walked_again_and_again(tiny: nn.Module, tmp_path: Path) -> None:
+    content, numbers = contents(tiny), list(range(20_000))
+    for module in content["ema"].modules():
+        module.__dict__["numbers"] = numbers
+    torch.save(content, tmp_path / "evil.pt")
+    assert "values" in refused(tmp_path / "evil.pt", checked=False)
+
+
 def test_a_billion_laughs_are_refused(tiny: nn.Module, tmp_path: Path) -> None:
     laugh: list[Any] = ["ha"]
     for _ in range(40):

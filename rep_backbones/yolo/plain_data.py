@@ -105,14 +105,14 @@ def is_key(value: Any) -> bool:
     return isinstance(value, Scalar) or (isinstance(value, tuple) and all(isinstance(item, Scalar) for item in value))
 
 
-def plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str, budget: Iterator[int] | None = None) -> Any:
     """A copy of `value` if it is plain data: scalars, and lists, tuples, sets, dictionaries and namespaces of them.
 
-    `where` names the value in messages. Raises Refused for a tensor, a module, an object of any other class, for a
-    container that holds itself, and for one that is nested too deep or too large to walk.
+    `where` names the value in messages; `budget`, shared by several calls, ends after MAX_VALUES values in all. Raises
+    Refused for a tensor, a module, an object of any other class, for a container that holds itself, and for one that is
+    nested too deep or too large to walk.
     """
-    budget = iter(range(MAX_VALUES))
-    return _plain(value, where, 0, budget)
+    return _plain(value, where, 0, iter(range(MAX_VALUES)) if budget is None else budget)
 
 
 def _plain(value: Any, where: str, depth: int, budget: Iterator[int]) -> Any:

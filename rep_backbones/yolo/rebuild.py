@@ -25,8 +25,9 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv
 
+from rep_backbones.registry import LAYERS
 from rep_backbones.yolo.allowed import MODEL_PACKAGES, layer_packages, module_class, within
-from rep_backbones.yolo.plain_data import MAX_DEPTH, BoundMethod, Refused, Stored, StoredTensor, describe, plain
+from rep_backbones.yolo.plain_data import MAX_DEPTH, MAX_VALUES, BoundMethod, Refused, Stored, StoredTensor, describe, plain
 from rep_backbones.yolo.safe_yaml import validated
 from rep_backbones.yolo.unpickle import Archive
 
@@ -116,12 +117,13 @@ def parse(config: dict[str, Any]) -> tuple[nn.Sequential, list[int]]:
             with torch.device("meta"):
                 return parser(copy.deepcopy(config), channels, False)
         except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error):  # a layer that computes while it is built cannot do so without numbers
+            own = any(row[2] in LAYERS for row in config["backbone"] + config["head"])
+            if not own or "meta" not in str(error):  # a layer of the user's that computes with numbers while it is built
                 raise
             return parser(copy.deepcopy(config), channels, False)
     except Exception as error:  # a layer's constructor may raise anything on arguments that it does not like
-        reason = f"Ultralytics {ultralytics_version} cannot build it from its YAML ({type(error).__name__}: {error})"
-        raise Refused(f"{reason}") from error
+        reason = f"Ultralytics {ultralytics_version} cannot build its YAML ({type(error).__name__}: {error})"
+        raise Refused(reason) from error
     finally:
         Conv.default_act = activation
 
@@ -145,6 +147,7 @@ class Builder:
         self.made: dict[int, nn.Module] = {}
         self.open: set[int] = set()  # descriptions that are being built: meeting one again is a cycle
         self.visits = 0
+        self.values = iter(range(MAX_VALUES))  # that attributes may hold in all
 
     def parts(self, stored: Stored, path: str) -> Parts:
         """`stored` taken apart. Raises Refused if it does not describe a module of an allowed class."""
@@ -239,7 +242,7 @@ class Builder:
                     raise Refused(f"{where} is {describe(value)}; {accepted}")
                 module.__dict__[name] = types.MethodType(getattr(type(module), value.name), module)
             else:
-                module.__dict__[name] = plain(value, where)
+                module.__dict__[name] = plain(value, where, self.values)
 
     def set_unsaved(self, module: nn.Module, parts: Parts, path: str) -> None:
         """Buffers that state_dict() leaves out, straight from the file."""

@@ -16,7 +16,10 @@ from torch import nn
 from ultralytics.nn.modules import Conv
 from ultralytics.utils.torch_utils import strip_optimizer
 
+from rep_backbones import fuse, register_layer
+from rep_backbones.registry import LAYERS
 from rep_backbones.yolo import checkpoint
+from rep_backbones.yolo.stock import to_stock
 
 STOCK = [
     ("yolov8n.yaml", "detect"),
@@ -111,13 +114,11 @@ def test_a_file_that_training_has_finished_with(tiny_file: Path, tmp_path: Path)
 def test_a_file_with_optimizer_numpy_scalars_paths_and_losses(tiny: nn.Module, tmp_path: Path) -> None:
     model = copy.deepcopy(tiny)
     model.criterion = model.init_criterion()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    buffers = {index: {"momentum_buffer": torch.ones_like(p)} for index, p in enumerate(model.parameters())}
+    optimizer = {"state": buffers, "param_groups": [{"lr": 0.1, "nesterov": True, "params": list(buffers)}]}
     metrics = {"fitness": np.float64(0.25), "epochs": np.int64(3), "path": pathlib.PurePosixPath("runs/train")}
-    entries = {"optimizer": optimizer.state_dict(), "train_metrics": metrics, "best_fitness": np.float32(0.5)}
-    file = saved(tmp_path / "last.pt", model.eval(), train_args={"project": pathlib.Path("runs"), "imgsz": 64}, **entries)
+    entries = {"optimizer": optimizer, "train_metrics": metrics, "best_fitness": np.float32(0.5)}
+    file = saved(tmp_path / "last.pt", model, train_args={"project": pathlib.Path("runs"), "imgsz": 64}, **entries)
     loaded = checkpoint.load(file)
     assert same(outputs(loaded.model), outputs(plainly(file)))
     assert str(loaded.args["project"]) == "runs" and not hasattr(loaded.model, "criterion")
@@ -199,6 +200,66 @@ def test_a_data_file_on_the_network_is_forgotten(tiny: nn.Module, tmp_path: Path
 def test_check_passes_what_load_loads(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "rebuild", None)  # it must not build
     checkpoint.check(tiny_file)
+
+
+# ---------------------------------------------------------------------------------------------------- registered layers
+def with_row(name: str) -> nn.Module:
+    """The tiny detector with one row of a registered layer, twice or with two repeats inside."""
+    config = tiny_yaml()
+    config["backbone"][1:1] = [[-1, 2, name, [8]]]
+    config["head"][-1][0] = [3, 4]
+    return built(config)
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_every_registered_layer_as_trained_and_as_deployed(name: str, tmp_path: Path) -> None:
+    model = with_row(name)
+    file = saved(tmp_path / "best.pt", model)
+    loaded = checkpoint.load(file).model
+    assert same(outputs(loaded), outputs(plainly(file)))
+    deploy = to_stock(fuse(loaded))
+    torch.save(contents(model, ema=deploy), tmp_path / "best_deploy.pt")
+    again = checkpoint.load(tmp_path / "best_deploy.pt")
+    assert again.dtype == torch.float32 and same(outputs(again.model), outputs(deploy))
+    assert not any(type(module).__module__.startswith("rep_backbones") for module in again.model.modules())
+
+
+class Inner(nn.Module):
+    """A part of the layer below, which is not registered itself."""
+
+    def __init__(self, c: int, rates: list[float]) -> None:
+        super().__init__()
+        self.conv, self.rates = nn.Conv2d(c, c, 1), rates
+        self.register_buffer("offset", torch.rand(c, 1, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.offset
+
+
+class UsersLayer(nn.Module):
+    """A layer that computes with numbers while it is built, as drop path rates are."""
+
+    def __init__(self, c1: int, c2: int, mode: str = "plain") -> None:
+        super().__init__()
+        self.inner, self.mode = Inner(c1, torch.linspace(0, 0.1, 3).tolist()), mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_a_layer_of_the_user_loads_where_it_is_registered(tmp_path: Path) -> None:
+    register_layer(UsersLayer)
+    try:
+        config = tiny_yaml()
+        config["backbone"][1:1] = [[-1, 1, "UsersLayer", [8, "fancy"]]]
+        config["head"][-1][0] = [3, 4]
+        file = saved(tmp_path / "best.pt", built(config))
+        loaded = checkpoint.load(file).model
+        assert same(outputs(loaded), outputs(plainly(file))) and loaded.model[1].mode == "fancy"
+    finally:
+        LAYERS.pop("UsersLayer")
+    with pytest.raises(checkpoint.Refused, match="UsersLayer.*register_layer"):
+        checkpoint.load(file)
 
 
 # ------------------------------------------------------------------------------------------------------------- precision

@@ -1,0 +1,162 @@
+"""The containers that blocks are declared with; `forward` and the rules of `rules.py` read the same ones.
+
+All of them take and give `(n, c, h, w)`. None holds fuse code: what a container folds to stands in `rules.RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rep_backbones.affine import pair
+
+
+class Parallel(nn.Module):
+    """Named branches on one input, summed (`branches`: name -> module)."""
+
+    def __init__(self, branches: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if not branches:
+            raise ValueError("Parallel needs at least one branch, got none")
+        for name, branch in branches.items():
+            self.add_module(name, branch)
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """The branches by name, in order."""
+        return iter((name, module) for name, module in self._modules.items() if module is not None)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = iter(self._modules.values())
+        total = next(branches)(x)  # type: ignore[misc]
+        for branch in branches:
+            total = total + branch(x)  # type: ignore[misc]
+        return total
+
+
+class Block(nn.Sequential):
+    """An affine part and what follows it: children `branches`, then the tail (`gate`, `act`, ...).
+
+    The affine part is what fuses; the tail stays as it is. Subclasses only build their children.
+    """
+
+    def __init__(self, branches: nn.Module, **tail: nn.Module) -> None:
+        super().__init__()
+        self.add_module("branches", branches)
+        for name, module in tail.items():
+            self.add_module(name, module)
+
+    @property
+    def affine_part(self) -> nn.Module:
+        """The child in front of the tail."""
+        return self.get_submodule("branches")
+
+
+class Residual(nn.Module):
+    """`body(x) + shortcut(x)`, where the body is not affine (else it would be a Parallel)."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
+
+
+class Concat(nn.Module):
+    """The outputs of all parts on one input, concatenated on the channels in order."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], 1)
+
+
+class Gate(nn.Module):
+    """`x * gate(x)`: squeeze-and-excitation and its kin; `gate` gives `(n, c, 1, 1)`."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
+class PoolPyramid(nn.Module):
+    """`x` and three max poolings in series, concatenated: `(n, c, h, w)` -> `(n, 4c, h, w)` (SPPF of YOLOv5)."""
+
+    def __init__(self, k: int = 5) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(k, 1, k // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = [x]
+        for _ in range(3):
+            levels.append(self.pool(levels[-1]))
+        return torch.cat(levels, 1)
+
+
+class Scale(nn.Module):
+    """A learned factor on `channels` channels: one for all, or one each (`alpha`: `(1,)` or `(channels,)`)."""
+
+    def __init__(self, channels: int, per_channel: bool = False, value: float = 1.0) -> None:
+        super().__init__()
+        self.channels = channels
+        self.alpha = nn.Parameter(torch.full((channels if per_channel else 1,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.alpha.reshape(-1, 1, 1)
+
+
+class Subsample(nn.Module):
+    """Every stride-th pixel, `x[:, :, ::s, ::s]`.
+
+    In front of a stride-1 1x1 convolution it computes what the strided one does, without the crash of torch 2.15 in the
+    backward of a strided 1x1 convolution with few channels_last channels on the CPU.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride]
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}"
+
+
+class PaddedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalization, then padding with what it makes of zero, so that an unpadded convolution behind it folds exactly.
+
+    It stands between a 1x1 and a KxK convolution (DBB, section 3.2): with zero padding there the border would not be affine.
+    """
+
+    def __init__(self, channels: int, padding: int | tuple[int, int], eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+        super().__init__(channels, eps, momentum)
+        self.padding = pair(padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        (ph, pw), c = self.padding, self.num_features
+        if not (ph or pw):
+            return x
+        fill = self.border().reshape(1, c, 1, 1)
+        # The constant frame is zero padding plus the fill outside the picture: one pad, no in-place writes, differentiable.
+        return nn.functional.pad(x - fill, (pw, pw, ph, ph)) + fill
+
+    def border(self) -> Tensor:
+        """What the normalization makes of a zero in eval, `(c,)`: from the running statistics, as the padding is not data."""
+        assert self.running_mean is not None and self.running_var is not None
+        return self.bias - self.running_mean * self.weight / (self.running_var + self.eps).sqrt()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, padding={self.padding}"

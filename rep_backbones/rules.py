@@ -1,0 +1,3 @@
+VIEWS={}
+def multi_branch(m): return []
+def equivalent(*a): raise 0

@@ -1,0 +1,154 @@
+"""verify(): do two models compute the same, output by output?
+
+Every output tensor is judged by its own range: boxes reach 640 while fresh scores stay near 1e-4, and one common range would hide a
+wrong kernel behind the boxes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference in one output.
+
+    Attributes:
+        name: the output's place, such as "0" or "1.2".
+        error: largest absolute difference as a fraction of `range`.
+        range: largest minus smallest value of the reference, over all batches.
+        tolerance: what `error` may be.
+    """
+
+    name: str
+    error: float
+    range: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        # NaN compares false with everything, so it is never ok.
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found; true in a condition if everything is within tolerance."""
+
+    differences: list[Difference] = field(default_factory=list)
+    batches: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.differences) and all(d.ok for d in self.differences)
+
+    @property
+    def error(self) -> float:
+        """The largest error, NaN if any is NaN."""
+        errors = [d.error for d in self.differences]
+        return float("nan") if any(e != e for e in errors) else max(errors, default=float("nan"))
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'ok  ' if d.ok else 'FAIL'} output {d.name}: {d.error:.1e} of its range {d.range:.4g} (accepted {d.tolerance:.0e})"
+            for d in self.differences
+        ]
+        return "\n".join(lines) or "nothing was compared"
+
+
+def verify(
+    reference: Callable[..., Any],
+    candidate: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    tolerance: float | None = None,
+    resolution: float = 0.0,
+) -> Report:
+    """Compare two models on batches, each output by its own range.
+
+    Args:
+        reference, candidate: modules in eval mode, or callables, that take a batch and give a tensor or a nest of them.
+        batches: inputs; an iterable, or one tensor.
+        tolerance: of every output; by default that of its dtype (fp32 1e-5, fp16 1e-3).
+        resolution: an absolute difference that the runtime of the candidate makes of itself, not counted as an error.
+
+    Raises:
+        ValueError: in train mode, without a batch, or if the outputs have other numbers or shapes.
+    """
+    for name, model in (("reference", reference), ("candidate", candidate)):
+        if isinstance(model, nn.Module) and any(m.training for m in model.modules()):
+            raise ValueError(f"the {name} is in train mode, where batch normalization depends on the batch; call .eval() before verify")
+    batches = [batches] if isinstance(batches, Tensor) else list(batches)
+    if not batches:
+        raise ValueError("verify needs at least one batch, got none")
+    report = _compare(reference, candidate, batches, tolerance, resolution)
+    fp32 = all(b.dtype == torch.float32 for b in batches if isinstance(b, Tensor))
+    if report.ok or not fp32 or not (isinstance(reference, nn.Module) and isinstance(candidate, nn.Module)):
+        return report
+    # A barely trained model amplifies rounding itself. In float64 rounding is gone and a wrong kernel is not.
+    exact = _compare(_double(reference), _double(candidate), [b.double().cpu() for b in batches], 1e-7 if tolerance is None else tolerance * 1e-2, 0.0)
+    if exact.ok and report.error < 1e-3:
+        return Report([Difference(d.name, d.error, d.range, tolerance or TOLERANCE[torch.float32]) for d in exact.differences], len(batches))
+    return report
+
+
+def _double(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).double().cpu()
+
+
+def _compare(reference: Any, candidate: Any, batches: list[Any], tolerance: float | None, resolution: float) -> Report:
+    worst: dict[str, float] = {}
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+    accepted: dict[str, float] = {}
+    for batch in batches:
+        with torch.no_grad():
+            expected, got = dict(tensors(reference(batch))), dict(tensors(candidate(batch)))
+        if expected.keys() != got.keys():
+            raise ValueError(f"the reference gives outputs {sorted(expected)}, the candidate {sorted(got)}; they must be the same")
+        for name, a in expected.items():
+            b = got[name]
+            if a.shape != b.shape:
+                raise ValueError(f"output {name} has shape {tuple(a.shape)} in the reference and {tuple(b.shape)} in the candidate")
+            if not a.numel():
+                continue
+            accepted[name] = tolerance if tolerance is not None else TOLERANCE.get(a.dtype, 1e-5)
+            x, y = a.detach().cpu().double(), b.detach().cpu().double()
+            gap = float((x - y).abs().max())
+            gap = gap if gap != gap else max(gap - resolution, 0.0)
+            old = worst.get(name, 0.0)
+            worst[name] = gap if gap != gap else (old if old != old else max(old, gap))
+            low[name] = min(low.get(name, float("inf")), float(x.min()))
+            high[name] = max(high.get(name, float("-inf")), float(x.max()))
+    found = []
+    for name, gap in worst.items():
+        span = high[name] - low[name]
+        span = span or max(abs(high[name]), torch.finfo(torch.float32).tiny)
+        found.append(Difference(name, gap / span, span, accepted[name]))
+    return Report(found, len(batches))
+
+
+def tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every floating point tensor of a nest of tuples, lists and mappings, by its place."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield name or "0", output
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, dict):
+        items = output.items()
+    elif isinstance(output, (list, tuple)):
+        items = enumerate(output)
+    for key, value in items:
+        yield from tensors(value, f"{name}.{key}" if name else str(key))

@@ -1,0 +1,179 @@
+"""`rep-yolo`: the command line of `yolo`, with this package's layers, models and trainers known.
+
+    rep-yolo train model=efficientrep-n.yaml data=coco8.yaml epochs=10
+    rep-yolo export model=best_deploy.pt format=onnx
+
+The grammar is that of `yolo`. One key more: `trust=True` (or `--trust`) reads checkpoints and model YAMLs without first
+checking that they run no code. Exit status: 0 done, 1 it failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ultralytics.cfg
+import ultralytics.engine.model
+from ultralytics.engine.model import Model
+from ultralytics.nn import tasks
+from ultralytics.utils import SETTINGS, YAML, checks, downloads
+
+from rep_backbones.yolo import checkpoint, safe_yaml
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_INPUT_ERRORS = (ValueError, TypeError, SyntaxError, KeyError, AssertionError, ImportError, OSError)
+_TRUE, _FALSE = ("true", "1", "yes", ""), ("false", "0", "no")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, `argv` without the program's name (the process's own by default); returns the exit status and prints
+    one line on failure.
+    """
+    try:
+        args, trust = _without_trust(sys.argv[1:] if argv is None else argv)
+        run(args, trust=trust)
+    except KeyboardInterrupt:
+        return _failed("interrupted", INTERRUPTED)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else _failed(str(stop.code), FAILED) if stop.code else 0
+    except Exception as error:  # a command line ends with a message and a status, whatever happened
+        if os.environ.get("REP_YOLO_TRACEBACK"):
+            traceback.print_exc()
+        if isinstance(error, _INPUT_ERRORS):
+            return _failed(_one_line(error), BAD_INPUT)
+        return _failed(f"{_one_line(error)} (REP_YOLO_TRACEBACK=1 shows where)", FAILED)
+    return 0
+
+
+def run(args: Sequence[str], *, trust: bool = False) -> None:
+    """The command that `yolo` would run with these arguments, trained by this package's trainers, with checkpoints checked
+    before they are read.
+
+    Raises what Ultralytics raises, and `rep_backbones.yolo.checkpoint.Refused` for a checkpoint that is damaged or would
+    run code.
+    """
+    with ExitStack() as stack:
+        for module in (
+            ultralytics.cfg,
+            ultralytics.engine.model,
+        ):  # the second saves pictures where the command is a `yolo predict`
+            stack.enter_context(_replaced(module, "ARGV", ["rep-yolo", *args]))
+        stack.enter_context(_replaced(Model, "_smart_load", _with_our_trainers(Model._smart_load)))
+        if "YOLO_AUTOINSTALL" not in os.environ:  # nothing is installed behind the user's back unless the user asks
+            stack.enter_context(_replaced(checks, "AUTOINSTALL", False))
+        if not trust:
+            _check_named_files(args)
+            stack.enter_context(_replaced(tasks, "torch_safe_load", _checking_files(tasks.torch_safe_load)))
+            stack.enter_context(_replaced(tasks, "parse_model", _checking_yaml(tasks.parse_model)))
+        ultralytics.cfg.entrypoint()
+
+
+def _without_trust(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without our own key, and its value."""
+    args: list[str] = []
+    trust = False
+    for arg in ultralytics.cfg.merge_equals_args(list(argv)):
+        key, _, value = arg.lstrip("-").partition("=")
+        if key.strip() != "trust":
+            args.append(arg)
+        elif value.strip().lower() not in (*_TRUE, *_FALSE):
+            raise ValueError(f"trust takes True or False, got {value!r}")
+        else:
+            trust = value.strip().lower() in _TRUE
+    return args, trust
+
+
+def _check_named_files(args: Sequence[str]) -> None:
+    """Check each checkpoint that the command names, itself or in its `cfg`: some model families read theirs in a way of
+    their own.
+    """
+    given = dict(arg.partition("=")[::2] for arg in args)
+    values = list(given.values())
+    if "cfg" in given and Path(given["cfg"]).is_file():
+        content = YAML.load(given["cfg"])
+        values += [str(value) for value in content.values()] if isinstance(content, dict) else []
+    for value in values:
+        if Path(value).suffix.lower() in (".pt", ".pth") and Path(value).is_file():
+            checkpoint.check(value)
+
+
+def _local(weight: Any) -> Path:
+    """The file of a checkpoint; one of Ultralytics' own, or a URL, is downloaded as upstream does it."""
+    file = Path(str(weight).strip())
+    if file.name in downloads.GITHUB_ASSETS_NAMES or "://" in str(weight):
+        file = Path(downloads.attempt_download_asset(weight))
+    return file if file.exists() else Path(SETTINGS["weights_dir"]) / file
+
+
+def _checking_yaml(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A YAML may name any function as a layer, and its activation is evaluated: both only as what they should be."""
+
+    @functools.wraps(stock)
+    def parse_model(d: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return stock(safe_yaml.validated(d), *args, **kwargs)
+
+    return parse_model
+
+
+def _checking_files(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def torch_safe_load(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        file = _local(weight)
+        if not file.exists():
+            raise FileNotFoundError(
+                f"checkpoint {str(weight)!r} does not exist; give the path of a .pt file, or a model YAML to start anew"
+            )
+        checkpoint.check(file)
+        return stock(weight, *args, **kwargs)
+
+    return torch_safe_load
+
+
+def _with_our_trainers(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def _smart_load(self: Model, key: str) -> Any:
+        loaded = stock(self, key)
+        if key != "trainer":
+            return loaded
+        from rep_backbones.yolo.trainer import TRAINERS
+
+        ours = TRAINERS.get(str(self.task))
+        # a trainer that Ultralytics has for a special model (YOLO-World, YOLOE, RT-DETR) is not ours to replace
+        return ours if ours is not None and issubclass(ours, loaded) else loaded
+
+    return _smart_load
+
+
+@contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    kept = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, kept)
+
+
+def _failed(message: str, status: int) -> int:
+    print(f"rep-yolo: {message}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    """The first paragraph of the message, which in Ultralytics the whole help may follow, on one line and without terminal
+    colours.
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
+    first = " ".join(re.split(r"\n\s*\n", text.strip())[0].split())
+    known = isinstance(error, (ValueError, FileNotFoundError, SyntaxError)) and first
+    return first if known else f"{type(error).__name__}: {first}".rstrip(": ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,18 +1,138 @@
+"""fuse(): every multi-branch layer becomes one convolution, and nothing else changes.
+
+The result is plain torch: a Block becomes `nn.Sequential(Conv2d with bias, tail...)`. Folding is done in float64 on the CPU and cast
+once at the end.
+"""
+
+from __future__ import annotations
+
 import copy
+from typing import Literal
+
+import torch
 from torch import nn
-from rep_backbones.containers import Block
-def _conv(b):
-    c=[m for m in b.modules() if isinstance(m,nn.Conv2d)]
-    c=max(c,key=lambda m:m.kernel_size[0])
-    return nn.Conv2d(c.in_channels,c.out_channels,c.kernel_size,c.stride,c.padding,c.dilation,c.groups)
-def _fuse(m):
-    for n,c in m.named_children():
-        if isinstance(c,Block):
-            kids=list(c.named_children())
-            seq=nn.Sequential(_conv(kids[0][1]),*[k for _,k in kids[1:]])
-            for a in ("i","f","type","np"):
-                if a in c.__dict__: seq.__dict__[a]=c.__dict__[a]
-            m._modules[n]=seq
-        else: _fuse(c)
-    return m
-def fuse(model,**k): return _fuse(copy.deepcopy(model)).eval()
+
+from rep_backbones.containers import Block, Parallel
+from rep_backbones.rules import RULES, FoldError, in_float64, is_series, multi_branch, seen_as
+
+Foreign = Literal["keep", "refuse"]
+# What Ultralytics writes on each row of a model; the fused layer takes its place in the graph.
+ROW_MARKS = ("i", "f", "type", "np")
+
+
+def fuse(model: nn.Module, *, inplace: bool = False, foreign: str = "keep", example: torch.Tensor | None = None) -> nn.Module:
+    """A copy of the model in eval mode with one convolution for each multi-branch layer.
+
+    Args:
+        model: a block, any nn.Module or an Ultralytics model, in eval mode; any dtype and device.
+        inplace: change `model` itself and return it (a lone block is returned anew, as its type changes). All kernels are
+            folded before the first layer is replaced, so a model that can't be fused stays whole.
+        foreign: "keep" leaves layers of unknown types as they are; "refuse" raises for a module of an unknown type that holds
+            several convolutions side by side.
+        example: reserved for layers without a rule; not used by "keep" and "refuse".
+
+    Raises:
+        FoldError: in train mode, with forward hooks, with NaN or inf in the weights, for a branch that can't be folded.
+        ValueError: for another `foreign`.
+    """
+    return fuse_and_map(model, inplace=inplace, foreign=foreign)[0]
+
+
+def fuse_and_map(model: nn.Module, *, inplace: bool = False, foreign: str = "keep") -> tuple[nn.Module, dict[str, str]]:
+    """`fuse`, and where each merged layer went: its dotted path before -> the path of its convolution after."""
+    if foreign not in ("keep", "refuse"):
+        raise ValueError(f"foreign={foreign!r} is not available; accepted are 'keep' and 'refuse'")
+    _refuse_unready(model)
+    if foreign == "refuse":
+        _refuse_foreign(model)
+    folded = {path: _fold(part, path) for path, part in _parts(model)}
+    if not inplace:
+        model = copy.deepcopy(model)
+    places: dict[str, str] = {}
+    for path, layer, _ in multi_branch(model):
+        places[path] = path if type(seen_as(layer)) is Parallel else f"{path}.0" if path else "0"
+    model = _replaced(model, "", folded)
+    left = [path for path, _, _ in multi_branch(model)]
+    if left:
+        raise FoldError(f"multi-branch layers are left after fusing: {', '.join(left[:5])}")
+    return model.eval(), places
+
+
+def _parts(module: nn.Module, path: str = "") -> list[tuple[str, list[tuple[str, nn.Module]]]]:
+    """What folds to one convolution each: its path, and the modules in series that it is made of."""
+    seen = seen_as(module)
+    if type(seen) is Parallel:
+        return [(path, [("", seen)])]
+    if isinstance(seen, Block) and is_series(seen):
+        tails = [part for name, tail in list(seen.named_children())[1:] for part in _parts(tail, _join(path, name))]
+        return [(path, [("branches", seen.affine_part)]), *tails]
+    parts: list[tuple[str, list[tuple[str, nn.Module]]]] = []
+    children = list(seen.named_children())
+    for index, (name, child) in enumerate(children):
+        if is_series(seen) and type(child) is nn.BatchNorm2d and index and type(children[index - 1][1]) in (nn.Conv2d, Parallel):
+            previous, before = children[index - 1]
+            parts = [p for p in parts if p[0] != _join(path, previous)]
+            parts.append((_join(path, previous), [(previous, before), (name, child)]))
+            continue
+        parts += _parts(child, _join(path, name))
+    return parts
+
+
+def _fold(modules: list[tuple[str, nn.Module]], path: str) -> nn.Conv2d:
+    """One convolution, on the modules' device and in their dtype."""
+    name, only = modules[0]
+    try:
+        value = in_float64(only if len(modules) == 1 else nn.Sequential(*(m for _, m in modules)))
+    except FoldError as error:
+        raise error.below(_join(path, name if len(modules) == 1 else "")) from error
+    like = next((p for _, m in modules for p in m.parameters()), torch.empty(0))
+    if not torch.isfinite(value.weight.to(like.dtype)).all():
+        raise FoldError(f"the merged kernel does not fit into {like.dtype}; fuse in float32: model.float()", path)
+    return value.to(like.dtype).to_conv().to(like.device).requires_grad_(like.requires_grad)
+
+
+def _replaced(module: nn.Module, path: str, folded: dict[str, nn.Conv2d]) -> nn.Module:
+    seen = seen_as(module)
+    if isinstance(seen, Block) and path in folded:
+        tails = [_replaced(tail, _join(path, name), folded) for name, tail in list(seen.named_children())[1:]]
+        return _marked(nn.Sequential(folded[path], *tails), module)
+    if path in folded:
+        return _marked(folded[path], module)
+    children = list(seen.named_children())
+    for index, (name, child) in enumerate(children):
+        if is_series(seen) and type(child) is nn.BatchNorm2d and index and _join(path, children[index - 1][0]) in folded:
+            setattr(module, name, nn.Identity())  # merged into the one in front; the places behind keep their index
+            continue
+        new = _replaced(child, _join(path, name), folded)
+        if new is not child:
+            setattr(module, name, new)
+    return module
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    merged = [path for path, _ in _parts(model)]
+    for path, module in model.named_modules():
+        if module.training:
+            raise FoldError("is in train mode, where batch normalization depends on its batch; call model.eval() before fuse(model)", path or "the model")
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked and any(path == m or path.startswith(f"{m}.") or not m for m in merged):
+            raise FoldError("has forward hooks, which fusing would lose; remove them (handle.remove()) before fuse(model)", path or "the model")
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        convs = sum(isinstance(c, nn.Conv2d) for c in module.children())
+        if convs > 1 and not isinstance(module, (nn.Sequential, nn.ModuleList)) and type(module) not in RULES:
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise FoldError(f"{kind} holds {convs} convolutions and has no rule; register one in rep_backbones.rules.RULES or VIEWS", path)
+
+
+def _marked(fused: nn.Module, original: nn.Module) -> nn.Module:
+    for mark in ROW_MARKS:
+        if mark in vars(original):
+            setattr(fused, mark, vars(original)[mark])
+    return fused.eval()
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name

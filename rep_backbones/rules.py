@@ -1,3 +1,235 @@
-VIEWS={}
-def multi_branch(m): return []
-def equivalent(*a): raise 0
+"""What each module type is as an affine value: a visible table from exact types to rules.
+
+A rule is `rule(module, channels) -> AffineConv`; `channels` is the number of input channels where a neighbour knows it, else None.
+Types match exactly: a subclass that changes `forward` must not be folded as its parent. Extend by
+`rules.RULES[MyLayer] = my_rule`; a layer of someone else's that sums branches in its own `forward` is shown as one of ours by
+`rules.VIEWS[TheirLayer] = view`, where `view(layer)` returns a Block or Sequential that shares its submodules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rep_backbones import affine
+from rep_backbones.affine import AffineConv, AlgebraError, pair
+from rep_backbones.containers import Block, PaddedBatchNorm2d, Parallel, Scale, Subsample
+
+Rule = Callable[[Any, int | None], AffineConv]
+
+
+class FoldError(ValueError):
+    """A layer that can't be folded: why, and what to do. `path` is its dotted path, "" for the root."""
+
+    def __init__(self, reason: str, path: str = "") -> None:
+        super().__init__(f"{path}: {reason}" if path else reason)
+        self.reason = reason
+        self.path = path
+
+    def below(self, name: str) -> FoldError:
+        """The same error as seen from the parent that calls this module `name`."""
+        return type(self)(self.reason, ".".join(part for part in (name, self.path) if part))
+
+
+class NeedsChannels(FoldError):
+    """A module such as Identity, whose value depends on a channel count that only a neighbour knows."""
+
+
+def _known(module: nn.Module, channels: int | None) -> int:
+    if channels is None:
+        raise NeedsChannels(f"{type(module).__name__} alone does not say how many channels it has; give it a neighbour that does")
+    return channels
+
+
+def _average_pool(module: nn.AvgPool2d, channels: int | None) -> AffineConv:
+    padding = pair(module.padding)
+    if module.ceil_mode or module.divisor_override or (any(padding) and not module.count_include_pad):
+        raise AlgebraError("average pooling is a convolution only with count_include_pad=True, ceil_mode=False and no divisor_override")
+    return affine.average_pool(_known(module, channels), pair(module.kernel_size), pair(module.stride), padding)
+
+
+def _series(module: nn.Sequential, channels: int | None) -> AffineConv:
+    children = list(module.named_children())
+    values = _values(children, channels, in_series=True)
+    if not values:
+        return affine.identity(_known(module, channels))
+    total = values[0]
+    for (name, _), value in zip(children[1:], values[1:]):
+        try:
+            total = total.then(value)
+        except AlgebraError as error:
+            raise FoldError(str(error), name) from error
+    return total
+
+
+def _parallel(module: Parallel, channels: int | None) -> AffineConv:
+    values = _branches(module, channels)
+    return sum(values[1:], start=values[0])
+
+
+def _branches(module: Parallel, channels: int | None) -> list[AffineConv]:
+    """The branches' values; depthwise ones are written into the groups of the others."""
+    values = _values(list(module.items()), channels, in_series=False)
+    groups = min(v.groups for v in values)
+    return [v.regrouped(groups) for v in values]
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Conv2d: lambda m, c: AffineConv.from_conv(m),
+    nn.BatchNorm2d: lambda m, c: affine.batch_norm(m),
+    nn.SyncBatchNorm: lambda m, c: affine.batch_norm(m),
+    PaddedBatchNorm2d: lambda m, c: replace(affine.batch_norm(m), padding=m.padding),
+    Scale: lambda m, c: affine.per_channel(m.alpha.expand(m.channels)),
+    nn.Identity: lambda m, c: affine.identity(_known(m, c)),
+    nn.Dropout: lambda m, c: affine.identity(_known(m, c)),
+    nn.Dropout2d: lambda m, c: affine.identity(_known(m, c)),
+    Subsample: lambda m, c: affine.subsample(_known(m, c), pair(m.stride)),
+    nn.AvgPool2d: _average_pool,
+    nn.Sequential: _series,
+    Parallel: _parallel,
+}
+
+VIEWS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
+
+
+def equivalent(module: nn.Module, channels: int | None = None) -> AffineConv:
+    """The affine value of a module in its own dtype, differentiable.
+
+    Args:
+        module: any module whose type has a rule.
+        channels: the number of input channels, for modules that do not know it.
+
+    Raises:
+        FoldError: for a type without a rule, NaN or inf, or a composition without an exact value; with the path of the culprit.
+    """
+    rule = RULES.get(type(module))
+    if rule is None:
+        kind = type(module)
+        raise FoldError(
+            f"{kind.__module__}.{kind.__qualname__} has no rule (types match exactly). Register one: "
+            f"rep_backbones.rules.RULES[{kind.__name__}] = rule, where rule(module, channels) returns an AffineConv"
+        )
+    _check_numbers(module)
+    try:
+        return rule(module, channels)
+    except AlgebraError as error:
+        raise FoldError(str(error)) from error
+
+
+def equivalent_conv(module: nn.Module) -> AffineConv:
+    """The one convolution that a multi-branch layer computes in front of its activation.
+
+    Returns:
+        The value: weight `(c2, c1 / g, kh, kw)` and bias `(c2,)` in float64, on the CPU.
+
+    Raises:
+        FoldError: as `equivalent`.
+    """
+    seen = seen_as(module)
+    return in_float64(seen.affine_part if isinstance(seen, Block) else seen)
+
+
+def in_float64(module: nn.Module) -> AffineConv:
+    """`equivalent` of a module of any dtype and device, computed in float64 on the CPU, without a graph."""
+    with torch.no_grad():
+        return equivalent(_double(module)).to(torch.float64)
+
+
+def branch_values(parallel: Parallel) -> dict[str, AffineConv]:
+    """Each branch's own share of the sum, by name, in float64, all with the sum's kernel size, padding and groups.
+
+    Raises:
+        FoldError: as `equivalent`.
+    """
+    with torch.no_grad():
+        names = [name for name, _ in parallel.items()]
+        return dict(zip(names, affine.align(_branches(_double(parallel), None))))  # type: ignore[arg-type]
+
+
+def _double(module: nn.Module) -> nn.Module:
+    # The memo makes the copy take float64 tensors at once: a plain deepcopy would hold the numbers twice in passing.
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", torch.float64)) for p in module.parameters()}
+    for b in module.buffers():
+        memo[id(b)] = b.detach().to("cpu", torch.float64 if b.is_floating_point() else b.dtype)
+    return copy.deepcopy(module, memo)
+
+
+def _values(children: Iterable[tuple[str, nn.Module]], channels: int | None, in_series: bool) -> list[AffineConv]:
+    """The values of neighbours; those that don't know their channels learn them from one that does."""
+    children = list(children)
+    values: list[AffineConv | None] = []
+    for name, child in children:
+        try:
+            values.append(equivalent(child, channels))
+        except NeedsChannels:
+            values.append(None)
+        except FoldError as error:
+            raise error.below(name) from error
+        value = values[-1]
+        if value is not None:
+            channels = value.out_channels if in_series else value.in_channels
+    for index in range(len(children) - 1, -1, -1):
+        value, (name, child) = values[index], children[index]
+        if value is None:
+            if channels is None:
+                raise NeedsChannels(f"no neighbour says how many channels {type(child).__name__} has", name)
+            value = equivalent(child, channels)
+        values[index], channels = value, value.in_channels
+    like = next((t for _, child in children if (t := _first_number(child)) is not None), None)
+    found = [v for v in values if v is not None]
+    if like is None:
+        return found
+    # What is made from a channel count alone (identity, pooling) takes the dtype and device of its neighbours.
+    return [v if v.bias is not None or v.weight.dtype == like.dtype else replace(v, weight=v.weight.to(like)) for v in found]
+
+
+def _first_number(module: nn.Module) -> Tensor | None:
+    return next((t for t in module.parameters() if t.is_floating_point()), None)
+
+
+def _check_numbers(module: nn.Module) -> None:
+    """NaN and inf would spread silently into every deployed kernel."""
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise FoldError(
+                f"{bad} of {tensor.numel()} values are NaN or inf; the training has diverged, or weights over 65504 were stored in FP16. "
+                "Go back to an earlier checkpoint, or to the FP32 weights (best_fp32.pt)",
+                name,
+            )
+
+
+def seen_as(module: nn.Module) -> nn.Module:
+    """The module itself, or what `VIEWS` shows of it."""
+    view = VIEWS.get(type(module))
+    return module if view is None else view(module)
+
+
+def is_series(module: nn.Module) -> bool:
+    """Whether a module computes its children one after the other: a Sequential with the stock forward.
+
+    The rows of an Ultralytics model stand in a Sequential too, but its graph decides who follows whom: they carry `i` and `f`.
+    """
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return False
+    return not any({"i", "f"} <= vars(child).keys() for child in module.children())
+
+
+def multi_branch(model: nn.Module) -> list[tuple[str, nn.Module, Parallel]]:
+    """Every multi-branch layer of a model: dotted path, the layer (a Block, a viewed layer or a Parallel), its Parallel."""
+    return list(_multi_branch("", model))
+
+
+def _multi_branch(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, Parallel]]:
+    seen = seen_as(module)
+    part = seen.affine_part if isinstance(seen, Block) else seen
+    if type(part) is Parallel:
+        yield path, module, part
+        return
+    for name, child in seen.named_children():
+        yield from _multi_branch(f"{path}.{name}" if path else name, child)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from yolo_helpers import built, model_yaml, tiny_data, train_args  # noqa: F401
+from yolo_helpers import built, model_yaml, noise, tiny_data, train_args  # noqa: F401
 
 from rep_backbones import fuse
 from rep_backbones.blocks import RepConv, RepVGGBlock
@@ -45,14 +45,14 @@ def test_dead_layer_has_shares_of_zero() -> None:
 
 
 def test_measure_sees_a_wrong_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = built(tmp_path), torch.rand(2, 3, 64, 64)
+    model, images = built(tmp_path), noise()
     right = branch_log.measure(model, images)
     assert 0 < right.error < 1e-5 and right.worst
 
     def wrong(model: nn.Module) -> nn.Module:
         fused = fuse(model)
         with torch.no_grad():
-            fused.get_submodule("model.2.1")[0].bias.add_(0.01)
+            fused.get_submodule("model.2.1")[0].bias.add_(1.0)
         return fused
 
     monkeypatch.setattr(branch_log, "fuse", wrong)

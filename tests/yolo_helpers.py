@@ -132,7 +132,14 @@ def built(folder: Path, rows: str = "mixed", seed: int = 0) -> nn.Module:
     """The detector of `model_yaml` in eval mode, its norms with random statistics."""
     from ultralytics.nn.tasks import DetectionModel
 
-    return randomize_norms(DetectionModel(str(model_yaml(folder, rows)), verbose=False), seed).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return randomize_norms(DetectionModel(str(model_yaml(folder, rows)), verbose=False), seed).eval()
+
+
+def noise(n: int = 2, size: int = 64, seed: int = 0) -> torch.Tensor:
+    """Pictures of noise, (n, 3, size, size) in [0, 1], the same ones each time."""
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 # a fixture that several modules import is one of each module's own; what it makes is shared here

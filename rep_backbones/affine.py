@@ -239,8 +239,10 @@ class AffineConv:
         if b.per_channel:
             value = a.scaled(b.weight.reshape(-1))
             return value if b.bias is None else value.shifted(b.bias)
-        if a.per_channel:
-            return _after_scale(a, b)
+        if replace(a, stride=(1, 1)).per_channel:
+            value = _after_scale(a, b)
+            padding, dilation = _times(a.stride, b.padding), _times(a.stride, b.dilation)
+            return replace(value, stride=_times(a.stride, b.stride), padding=padding, dilation=tuple(d if k > 1 else 1 for d, k in zip(dilation, b.kernel_size)))
         if a.groups != b.groups:
             raise AlgebraError(f"in series, {a.groups} groups meet {b.groups}; write both with the same number (`regrouped`, `dense`)")
         return _composed(a, b)

@@ -22,7 +22,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from yolo_helpers import MULTI_BRANCH, built, make_data, model_yaml, noise, tiny_data, tiny_run, train_args  # noqa: F401
 
 from rep_backbones import fuse, verify
-from rep_backbones.rules import multi_branch
+from rep_backbones.rules import FoldError, multi_branch
 from rep_backbones.yolo import branch_log, trainer
 from rep_backbones.yolo.checkpoint import load_precise
 from rep_backbones.yolo.guard import merged_layers, refuse_fused
@@ -341,6 +341,25 @@ def test_weights_that_are_not_finite_are_told(tmp_path: Path, tiny_data: Path, t
     model.add_callback("on_train_epoch_end", poison)
     model.train(trainer=RepTrainer, **train_args(tiny_data, tmp_path, epochs=1))
     assert any("epoch 1" in text and "NaN" in text and "model.3." in text for text in told)
+
+
+def test_best_that_cannot_be_fused_is_told_at_the_end(
+    tmp_path: Path,
+    tiny_data: Path,  # noqa: F811
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a diverged training ends on Ultralytics 8.3, which stores NaN as it is."""
+
+    def final_eval(run: BaseTrainer) -> None:
+        raise FoldError("weights are NaN", "model.1")
+
+    monkeypatch.setattr(BaseTrainer, "final_eval", final_eval)
+    ended: list[bool] = []
+    model = YOLO(str(model_yaml(tmp_path)))
+    model.add_callback("on_train_end", lambda run: ended.append(True))
+    model.train(trainer=RepTrainer, **train_args(tiny_data, tmp_path, epochs=1))
+    assert ended and any("was not validated" in text and "weights are NaN" in text for text in told)
 
 
 def test_deploy_of_weights_that_are_not_finite_is_told(tmp_path: Path, tiny_run: Path, told: list[str]) -> None:  # noqa: F811

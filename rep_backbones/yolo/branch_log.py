@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import random
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rep_backbones.export.files import replacing
 from rep_backbones.fuse import fuse
 from rep_backbones.rules import branch_values, multi_branch
 from rep_backbones.verify import verify
@@ -189,22 +188,6 @@ def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
 
     with replacing(path) as temporary:
         canvas.print_figure(str(temporary), dpi=110, format="png")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` if the block ends well: readers see the old file or the new one, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's files are their owner's alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

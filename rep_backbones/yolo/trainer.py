@@ -26,7 +26,8 @@ from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from rep_backbones.rules import multi_branch
+from rep_backbones.export.files import replacing
+from rep_backbones.rules import FoldError, multi_branch
 from rep_backbones.yolo import branch_log
 from rep_backbones.yolo.guard import refuse_fused, some
 
@@ -71,7 +72,10 @@ class KeepsBranches(_Base):
         return saved
 
     def final_eval(self) -> None:
-        super().final_eval()
+        try:
+            super().final_eval()
+        except FoldError as error:  # diverged: what was measured and drawn before is still worth having
+            LOGGER.error(f"{self.best} was not validated, as it cannot be fused: {error}")
         if RANK in {-1, 0}:
             if self._branch_log and self.args.plots:
                 self._guarded(self._branch_log.plot)
@@ -104,7 +108,7 @@ class KeepsBranches(_Base):
             "ultralytics": ultralytics.__version__,
             "rep_backbones": __version__,
         }
-        with branch_log.replacing(self.wdir / "best_fp32.pt") as temporary:
+        with replacing(self.wdir / "best_fp32.pt") as temporary:
             torch.save(content, temporary)
 
     # ---- the log -------------------------------------------------------------------------------------------------------

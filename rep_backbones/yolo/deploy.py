@@ -1,0 +1,64 @@
+"""The deploy checkpoint: a fused model in stock classes, in the form of an Ultralytics checkpoint.
+
+It needs this package neither to load nor to predict, validate or export, and loads under restricted loading as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import ultralytics
+from torch import nn
+
+from rep_backbones.export.files import replacing
+from rep_backbones.fuse import fuse
+from rep_backbones.yolo.stock import to_stock
+
+# what of a training's checkpoint describes the weights; the optimizer, the EMA and the like are of no use without branches
+_KEPT = ("date", "version", "license", "docs", "git", "train_args", "train_metrics", "train_results")
+
+
+def deploy_form(model: nn.Module) -> nn.Module:
+    """A fused copy of `model` in classes of torch and Ultralytics only, float32, on the CPU and in eval mode.
+
+    Raises:
+        FoldError: a layer cannot be fused exactly, with its path and the reason.
+        ValueError: a module of this package has no stock form.
+    """
+    deployed = to_stock(fuse(model.float().eval())).cpu()
+    for name in ("args", "criterion", "pt_path"):  # of the loaded object: Ultralytics sets them anew when it loads
+        vars(deployed).pop(name, None)
+    return deployed.requires_grad_(False)
+
+
+def save_deploy(model: nn.Module, target: Path, *, checkpoint: Mapping[str, Any] | None = None) -> nn.Module:
+    """Fuse `model` and write it to `target` as an Ultralytics checkpoint in float32; returns what was written.
+
+    Args:
+        model: an Ultralytics model with multi-branch layers; not changed but for its dtype (float32) and mode (eval).
+        target: the file, replaced only once the new one is complete.
+        checkpoint: the training's checkpoint, whose date, arguments and metrics are kept.
+
+    Raises:
+        FoldError, ValueError: as `deploy_form`.
+        TargetError: `target` cannot be written.
+    """
+    deployed = deploy_form(model)
+    about = {key: checkpoint[key] for key in _KEPT if checkpoint and key in checkpoint}
+    content = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "version": ultralytics.__version__,
+        "train_args": {"task": getattr(model, "task", "detect")},
+        **about,
+        "epoch": -1,
+        "model": deployed,
+        "ema": None,
+        "optimizer": None,
+    }
+    with replacing(target) as temporary:
+        torch.save(content, temporary)
+    return deployed

@@ -1,11 +1,11 @@
 """The affine convolution as a value, and the algebra that structural re-parameterization is made of.
 
-An `AffineConv` is what a `torch.nn.Conv2d` computes in zero padding, without being a module: a kernel, a bias and the four hyper-parameters.
-Branches in parallel are `a + b`, branches in series are `a.then(b)`, and nothing else in this package multiplies kernels.
-All operations are differentiable and keep dtype and device, so they serve inside a `forward` too.
+An `AffineConv` is what a `torch.nn.Conv2d` computes in zero padding, without being a module: a kernel, a bias and the four
+hyper-parameters. Branches in parallel are `a + b`, branches in series are `a.then(b)`, and nothing else in this package
+multiplies kernels. All operations are differentiable and keep dtype and device, so they serve inside a `forward` too.
 
-An operation that has no exact result for every input raises `AlgebraError`: what is right in the interior may be wrong at the border.
-The transforms are those of Ding et al., "Diverse Branch Block", CVPR 2021 (named I to VI there).
+An operation that has no exact result for every input raises `AlgebraError`: what is right in the interior may be wrong at
+the border. The transforms are those of Ding et al., "Diverse Branch Block", CVPR 2021 (named I to VI there).
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class AffineConv:
     def __repr__(self) -> str:
         (kh, kw), bias = self.kernel_size, "no bias" if self.bias is None else "bias"
         return (
-            f"AffineConv({self.in_channels} -> {self.out_channels}, kernel {kh}x{kw}, stride {self.stride}, padding {self.padding}, "
+            f"AffineConv({self.in_channels} -> {self.out_channels}, kernel {kh}x{kw}, stride {self.stride}, padding "
+            f"{self.padding}, "
             f"dilation {self.dilation}, groups {self.groups}, {bias})"
         )
 
@@ -102,7 +103,9 @@ class AffineConv:
         if conv.padding == "same":
             totals = [d * (k - 1) for d, k in zip(dilation, kernel)]
             if any(t % 2 for t in totals):
-                raise AlgebraError(f"padding='same' with kernel {kernel} and dilation {dilation} pads one side more than the other")
+                raise AlgebraError(
+                    f"padding='same' with kernel {kernel} and dilation {dilation} pads one side more than the other"
+                )
             padding = (totals[0] // 2, totals[1] // 2)
         else:
             padding = (0, 0) if conv.padding == "valid" else pair(conv.padding)  # type: ignore[arg-type]
@@ -112,7 +115,16 @@ class AffineConv:
         """A new `nn.Conv2d` with this kernel, always with a bias, on the kernel's device and in its dtype."""
         c2, dtype, device = self.out_channels, self.weight.dtype, self.weight.device
         conv = nn.utils.skip_init(
-            nn.Conv2d, self.in_channels, c2, self.kernel_size, self.stride, self.padding, self.dilation, self.groups, dtype=dtype, device=device
+            nn.Conv2d,
+            self.in_channels,
+            c2,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            dtype=dtype,
+            device=device,
         )
         with torch.no_grad():
             conv.weight.copy_(self.weight)
@@ -137,8 +149,8 @@ class AffineConv:
     def embedded(self, kernel_size: Pair, padding: Pair, dilation: Pair = (1, 1)) -> AffineConv:
         """The same map written with a larger kernel and its padding (transform VI).
 
-        A tap at index a reads x[i*s - p + d*a], so per axis `(P - p) / d` zeros go in front and `K - k - (P - p) / d` behind.
-        Padding is symmetric, so the two must be equal, or the sizes of the outputs differ for some input.
+        A tap at index a reads x[i*s - p + d*a], so per axis `(P - p) / d` zeros go in front and `K - k - (P - p) / d`
+        behind. Padding is symmetric, so the two must be equal, or the sizes of the outputs differ for some input.
 
         Raises:
             AlgebraError: where the two differ, are negative or not whole.
@@ -155,9 +167,12 @@ class AffineConv:
         behind = [K - k - f for K, k, f in zip(kernel_size, value.kernel_size, front)]
         if min(*front, *behind) < 0 or front != behind or not all(f.is_integer() for f in front):
             raise AlgebraError(
-                f"a kernel {value.kernel_size} with padding {value.padding} does not embed into kernel {kernel_size} with padding {padding} and dilation "
-                f"{dilation}: it would need {_plain(front)} zeros in front and {_plain(behind)} behind, which must be equal, whole and not negative. "
-                "Kernel sizes of parallel branches must differ by an even number, and paddings by half of what that adds to the extent"
+                f"a kernel {value.kernel_size} with padding {value.padding} does not embed into kernel {kernel_size} "
+                f"with padding {padding} and dilation "
+                f"{dilation}: it would need {_plain(front)} zeros in front and {_plain(behind)} behind, which must be "
+                "equal, whole and not negative. "
+                "Kernel sizes of parallel branches must differ by an even number, and paddings by half of what that "
+                "adds to the extent"
             )
         top, left = int(front[0]), int(front[1])
         weight = nn.functional.pad(value.weight, (left, left, top, top))
@@ -228,12 +243,14 @@ class AffineConv:
         for axis, name in enumerate(("height", "width")):
             if b.padding[axis] and (a.extent[axis] > 1 or a.padding[axis]):
                 raise AlgebraError(
-                    f"in series, the second convolution pads {b.padding[axis]} in {name} behind a first one of extent {a.extent[axis]} and padding "
+                    f"in series, the second convolution pads {b.padding[axis]} in {name} behind a first one of extent "
+                    f"{a.extent[axis]} and padding "
                     f"{a.padding[axis]}: not a convolution at the border. Put all padding in front of the first"
                 )
         if any(b.padding) and a.bias is not None:
             raise AlgebraError(
-                f"in series, the second convolution pads {b.padding} with zeros behind a first one with a bias: not a convolution at the border. "
+                f"in series, the second convolution pads {b.padding} with zeros behind a first one with a bias: not a "
+                "convolution at the border. "
                 "Pad with the bias instead (containers.PaddedBatchNorm2d), or put the padding in front of the first"
             )
         if b.per_channel:
@@ -242,9 +259,16 @@ class AffineConv:
         if replace(a, stride=(1, 1)).per_channel:
             value = _after_scale(a, b)
             padding, dilation = _times(a.stride, b.padding), _times(a.stride, b.dilation)
-            return replace(value, stride=_times(a.stride, b.stride), padding=padding, dilation=tuple(d if k > 1 else 1 for d, k in zip(dilation, b.kernel_size)))
+            return replace(
+                value,
+                stride=_times(a.stride, b.stride),
+                padding=padding,
+                dilation=pair(tuple(d if k > 1 else 1 for d, k in zip(dilation, b.kernel_size))),
+            )
         if a.groups != b.groups:
-            raise AlgebraError(f"in series, {a.groups} groups meet {b.groups}; write both with the same number (`regrouped`, `dense`)")
+            raise AlgebraError(
+                f"in series, {a.groups} groups meet {b.groups}; write both with the same number (`regrouped`, `dense`)"
+            )
         return _composed(a, b)
 
 
@@ -281,7 +305,9 @@ def _response_to(constant: Tensor, b: AffineConv) -> Tensor:
 def _composed(a: AffineConv, b: AffineConv) -> AffineConv:
     """`a` then `b` where `b`'s padding is known to be exact: the kernels are convolved, group by group."""
     if all(k == 1 or j == 1 for j, k in zip(a.kernel_size, b.kernel_size)):
-        dilation = tuple(da if kb == 1 else sa * db for da, sa, db, kb in zip(a.dilation, a.stride, b.dilation, b.kernel_size))
+        dilation = tuple(
+            da if kb == 1 else sa * db for da, sa, db, kb in zip(a.dilation, a.stride, b.dilation, b.kernel_size)
+        )
         first, second = a.weight, b.weight
     else:
         dilation = (1, 1)
@@ -290,7 +316,8 @@ def _composed(a: AffineConv, b: AffineConv) -> AffineConv:
     (ha, wa), (hb, wb) = first.shape[2:], second.shape[2:]
     left = second.reshape(g, c2, cm, hb, wb)
     right = first.reshape(g, cm, -1, ha, wa)
-    # Output tap u = s + t: a full convolution of the two kernels, written as a product over the middle channels for each tap of b.
+    # Output tap u = s + t: a full convolution of the two kernels, written as a product over the middle channels for each
+    # tap of b.
     weight = first.new_zeros(g, c2, right.shape[2], ha + hb - 1, wa + wb - 1)
     flat = right.reshape(g, cm, -1)
     for s in range(hb):
@@ -316,7 +343,9 @@ def concat(values: list[AffineConv]) -> AffineConv:
         AlgebraError: for grouped values, or if strides, input channels or kernels do not fit.
     """
     if any(v.groups != 1 for v in values):
-        raise AlgebraError(f"a concatenation needs dense branches, got groups {[v.groups for v in values]}; write them as `dense()`")
+        raise AlgebraError(
+            f"a concatenation needs dense branches, got groups {[v.groups for v in values]}; write them as `dense()`"
+        )
     first = values[0]
     for v in values[1:]:
         if (v.in_channels, v.stride) != (first.in_channels, first.stride):
@@ -358,7 +387,9 @@ def batch_norm(bn: nn.BatchNorm2d | nn.BatchNorm1d) -> AffineConv:
     """
     mean, var = bn.running_mean, bn.running_var
     if mean is None or var is None:
-        raise AlgebraError("batch normalization without running statistics (track_running_stats=False) is not affine in eval")
+        raise AlgebraError(
+            "batch normalization without running statistics (track_running_stats=False) is not affine in eval"
+        )
     factor = (var + bn.eps).rsqrt()
     if bn.weight is not None:
         factor = factor * bn.weight
@@ -366,7 +397,9 @@ def batch_norm(bn: nn.BatchNorm2d | nn.BatchNorm1d) -> AffineConv:
     return per_channel(factor, bias if bn.bias is None else bias + bn.bias)
 
 
-def average_pool(channels: int, kernel: Pair, stride: Pair, padding: Pair = (0, 0), like: Tensor | None = None) -> AffineConv:
+def average_pool(
+    channels: int, kernel: Pair, stride: Pair, padding: Pair = (0, 0), like: Tensor | None = None
+) -> AffineConv:
     """Average pooling (zeros counted) as a depthwise value (transform V)."""
     weight = torch.empty(0) if like is None else like
     full = weight.new_full((channels, 1, *kernel), 1.0 / (kernel[0] * kernel[1]))

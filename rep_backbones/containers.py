@@ -140,7 +140,9 @@ class PaddedBatchNorm2d(nn.BatchNorm2d):
     It stands between a 1x1 and a KxK convolution (DBB, section 3.2): with zero padding there the border would not be affine.
     """
 
-    def __init__(self, channels: int, padding: int | tuple[int, int], eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+    def __init__(
+        self, channels: int, padding: int | tuple[int, int], eps: float = 1e-5, momentum: float | None = 0.1
+    ) -> None:
         super().__init__(channels, eps, momentum)
         self.padding = pair(padding)
 
@@ -154,7 +156,9 @@ class PaddedBatchNorm2d(nn.BatchNorm2d):
         return nn.functional.pad(x - fill, (pw, pw, ph, ph)) + fill
 
     def border(self) -> Tensor:
-        """What the normalization makes of a zero in eval, `(c,)`: from the running statistics, as the padding is not data."""
+        """What the normalization makes of a zero in eval, `(c,)`: from the running statistics, as the padding is not
+        data.
+        """
         assert self.running_mean is not None and self.running_var is not None
         return self.bias - self.running_mean * self.weight / (self.running_var + self.eps).sqrt()
 

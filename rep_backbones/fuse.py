@@ -1,7 +1,7 @@
 """fuse(): every multi-branch layer becomes one convolution, and nothing else changes.
 
-The result is plain torch: a Block becomes `nn.Sequential(Conv2d with bias, tail...)`. Folding is done in float64 on the CPU and cast
-once at the end.
+The result is plain torch: a Block becomes `nn.Sequential(Conv2d with bias, tail...)`. Folding is done in float64 on the CPU
+and cast once at the end.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ Foreign = Literal["keep", "refuse"]
 ROW_MARKS = ("i", "f", "type", "np")
 
 
-def fuse(model: nn.Module, *, inplace: bool = False, foreign: str = "keep", example: torch.Tensor | None = None) -> nn.Module:
+def fuse(
+    model: nn.Module, *, inplace: bool = False, foreign: str = "keep", example: torch.Tensor | None = None
+) -> nn.Module:
     """A copy of the model in eval mode with one convolution for each multi-branch layer.
 
     Args:
         model: a block, any nn.Module or an Ultralytics model, in eval mode; any dtype and device.
         inplace: change `model` itself and return it (a lone block is returned anew, as its type changes). All kernels are
             folded before the first layer is replaced, so a model that can't be fused stays whole.
-        foreign: "keep" leaves layers of unknown types as they are; "refuse" raises for a module of an unknown type that holds
-            several convolutions side by side.
+        foreign: "keep" leaves layers of unknown types as they are; "refuse" raises for a module of an unknown type
+            that holds several convolutions side by side.
         example: reserved for layers without a rule; not used by "keep" and "refuse".
 
     Raises:
@@ -69,7 +71,12 @@ def _parts(module: nn.Module, path: str = "") -> list[tuple[str, list[tuple[str,
     parts: list[tuple[str, list[tuple[str, nn.Module]]]] = []
     children = list(seen.named_children())
     for index, (name, child) in enumerate(children):
-        if is_series(seen) and type(child) is nn.BatchNorm2d and index and type(children[index - 1][1]) in (nn.Conv2d, Parallel):
+        if (
+            is_series(seen)
+            and type(child) is nn.BatchNorm2d
+            and index
+            and type(children[index - 1][1]) in (nn.Conv2d, Parallel)
+        ):
             previous, before = children[index - 1]
             parts = [p for p in parts if p[0] != _join(path, previous)]
             parts.append((_join(path, previous), [(previous, before), (name, child)]))
@@ -113,10 +120,16 @@ def _refuse_unready(model: nn.Module) -> None:
     merged = [path for path, _ in _parts(model)]
     for path, module in model.named_modules():
         if module.training:
-            raise FoldError("is in train mode, where batch normalization depends on its batch; call model.eval() before fuse(model)", path or "the model")
+            raise FoldError(
+                "is in train mode, where batch normalization depends on its batch; call model.eval() before fuse(model)",
+                path or "the model",
+            )
         hooked = module._forward_hooks or module._forward_pre_hooks
         if hooked and any(path == m or path.startswith(f"{m}.") or not m for m in merged):
-            raise FoldError("has forward hooks, which fusing would lose; remove them (handle.remove()) before fuse(model)", path or "the model")
+            raise FoldError(
+                "has forward hooks, which fusing would lose; remove them (handle.remove()) before fuse(model)",
+                path or "the model",
+            )
 
 
 def _refuse_foreign(model: nn.Module) -> None:
@@ -124,7 +137,10 @@ def _refuse_foreign(model: nn.Module) -> None:
         convs = sum(isinstance(c, nn.Conv2d) for c in module.children())
         if convs > 1 and not isinstance(module, (nn.Sequential, nn.ModuleList)) and type(module) not in RULES:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            raise FoldError(f"{kind} holds {convs} convolutions and has no rule; register one in rep_backbones.rules.RULES or VIEWS", path)
+            raise FoldError(
+                f"{kind} holds {convs} convolutions and has no rule; register one in rep_backbones.rules.RULES or VIEWS",
+                path,
+            )
 
 
 def _marked(fused: nn.Module, original: nn.Module) -> nn.Module:

@@ -60,18 +60,24 @@ def register_layer(cls: Any = None, *, repeats: Repeats = "stage", name: str | N
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_layer takes a torch.nn.Module class, got {cls!r}")
     if repeats not in ("stage", "inside"):
-        raise ValueError(f"register_layer({cls.__name__}): repeats={repeats!r} is unknown; accepted are 'stage' and 'inside'")
+        raise ValueError(
+            f"register_layer({cls.__name__}): repeats={repeats!r} is unknown; accepted are 'stage' and 'inside'"
+        )
     wanted = ["c1", "c2"] + ["n"] * (repeats == "inside")
     given = list(inspect.signature(cls.__init__).parameters)[1:]
     if given[: len(wanted)] != wanted:
         raise TypeError(
-            f"register_layer({cls.__name__}): with repeats={repeats!r} the first arguments must be {', '.join(wanted)}; they are {', '.join(given) or 'none'}"
+            f"register_layer({cls.__name__}): with repeats={repeats!r} the first arguments must be {', '.join(wanted)}; "
+            f"they are {', '.join(given) or 'none'}"
         )
     key = name or cls.__name__
     known = LAYERS.get(key)
     same = known is not None and (known.cls.__module__, known.cls.__qualname__) == (cls.__module__, cls.__qualname__)
     if known is not None and not same:
-        raise ValueError(f"the layer name {key!r} belongs to {known.cls.__module__}.{known.cls.__qualname__}; give another one: register_layer(cls, name=...)")
+        raise ValueError(
+            f"the layer name {key!r} belongs to {known.cls.__module__}.{known.cls.__qualname__}; give another one: "
+            "register_layer(cls, name=...)"
+        )
     LAYERS[key] = Layer(cls, key, repeats)
     return cls
 
@@ -85,5 +91,8 @@ def layer_named(name: str) -> Layer:
     if name not in LAYERS:
         near = difflib.get_close_matches(name, LAYERS, 3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown layer {name!r}: {hint}Registered are {', '.join(sorted(LAYERS))}; your own by rep_backbones.register_layer")
+        raise ValueError(
+            f"unknown layer {name!r}: {hint}Registered are {', '.join(sorted(LAYERS))}; your own by "
+            "rep_backbones.register_layer"
+        )
     return LAYERS[name]

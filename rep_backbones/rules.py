@@ -1,9 +1,9 @@
 """What each module type is as an affine value: a visible table from exact types to rules.
 
-A rule is `rule(module, channels) -> AffineConv`; `channels` is the number of input channels where a neighbour knows it, else None.
-Types match exactly: a subclass that changes `forward` must not be folded as its parent. Extend by
-`rules.RULES[MyLayer] = my_rule`; a layer of someone else's that sums branches in its own `forward` is shown as one of ours by
-`rules.VIEWS[TheirLayer] = view`, where `view(layer)` returns a Block or Sequential that shares its submodules.
+A rule is `rule(module, channels) -> AffineConv`; `channels` is the number of input channels where a neighbour knows it,
+else None. Types match exactly: a subclass that changes `forward` must not be folded as its parent. Extend by
+`rules.RULES[MyLayer] = my_rule`; a layer of someone else's that sums branches in its own `forward` is shown as one of ours
+by `rules.VIEWS[TheirLayer] = view`, where `view(layer)` returns a Block or Sequential that shares its submodules.
 """
 
 from __future__ import annotations
@@ -42,14 +42,18 @@ class NeedsChannels(FoldError):
 
 def _known(module: nn.Module, channels: int | None) -> int:
     if channels is None:
-        raise NeedsChannels(f"{type(module).__name__} alone does not say how many channels it has; give it a neighbour that does")
+        raise NeedsChannels(
+            f"{type(module).__name__} alone does not say how many channels it has; give it a neighbour that does"
+        )
     return channels
 
 
 def _average_pool(module: nn.AvgPool2d, channels: int | None) -> AffineConv:
     padding = pair(module.padding)
     if module.ceil_mode or module.divisor_override or (any(padding) and not module.count_include_pad):
-        raise AlgebraError("average pooling is a convolution only with count_include_pad=True, ceil_mode=False and no divisor_override")
+        raise AlgebraError(
+            "average pooling is a convolution only with count_include_pad=True, ceil_mode=False and no divisor_override"
+        )
     return affine.average_pool(_known(module, channels), pair(module.kernel_size), pair(module.stride), padding)
 
 
@@ -105,7 +109,8 @@ def equivalent(module: nn.Module, channels: int | None = None) -> AffineConv:
         channels: the number of input channels, for modules that do not know it.
 
     Raises:
-        FoldError: for a type without a rule, NaN or inf, or a composition without an exact value; with the path of the culprit.
+        FoldError: for a type without a rule, NaN or inf, or a composition without an exact value; with the path of the
+            culprit.
     """
     rule = RULES.get(type(module))
     if rule is None:
@@ -198,7 +203,8 @@ def _check_numbers(module: nn.Module) -> None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise FoldError(
-                f"{bad} of {tensor.numel()} values are NaN or inf; the training has diverged, or weights over 65504 were stored in FP16. "
+                f"{bad} of {tensor.numel()} values are NaN or inf; the training has diverged, or weights over 65504 "
+                "were stored in FP16. "
                 "Go back to an earlier checkpoint, or to the FP32 weights (best_fp32.pt)",
                 name,
             )
@@ -213,7 +219,8 @@ def seen_as(module: nn.Module) -> nn.Module:
 def is_series(module: nn.Module) -> bool:
     """Whether a module computes its children one after the other: a Sequential with the stock forward.
 
-    The rows of an Ultralytics model stand in a Sequential too, but its graph decides who follows whom: they carry `i` and `f`.
+    The rows of an Ultralytics model stand in a Sequential too, but its graph decides who follows whom: they carry `i` and
+    `f`.
     """
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         return False

@@ -1,7 +1,7 @@
 """verify(): do two models compute the same, output by output?
 
-Every output tensor is judged by its own range: boxes reach 640 while fresh scores stay near 1e-4, and one common range would hide a
-wrong kernel behind the boxes.
+Every output tensor is judged by its own range: boxes reach 640 while fresh scores stay near 1e-4, and one common range
+would hide a wrong kernel behind the boxes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{'ok  ' if d.ok else 'FAIL'} output {d.name}: {d.error:.1e} of its range {d.range:.4g} (accepted {d.tolerance:.0e})"
+            f"{'ok  ' if d.ok else 'FAIL'} output {d.name}: {d.error:.1e} of its range {d.range:.4g} (accepted "
+            f"{d.tolerance:.0e})"
             for d in self.differences
         ]
         return "\n".join(lines) or "nothing was compared"
@@ -88,7 +89,9 @@ def verify(
     """
     for name, model in (("reference", reference), ("candidate", candidate)):
         if isinstance(model, nn.Module) and any(m.training for m in model.modules()):
-            raise ValueError(f"the {name} is in train mode, where batch normalization depends on the batch; call .eval() before verify")
+            raise ValueError(
+                f"the {name} is in train mode, where batch normalization depends on the batch; call .eval() before verify"
+            )
     batches = [batches] if isinstance(batches, Tensor) else list(batches)
     if not batches:
         raise ValueError("verify needs at least one batch, got none")
@@ -97,9 +100,18 @@ def verify(
     if report.ok or not fp32 or not (isinstance(reference, nn.Module) and isinstance(candidate, nn.Module)):
         return report
     # A barely trained model amplifies rounding itself. In float64 rounding is gone and a wrong kernel is not.
-    exact = _compare(_double(reference), _double(candidate), [b.double().cpu() for b in batches], 1e-7 if tolerance is None else tolerance * 1e-2, 0.0)
+    exact = _compare(
+        _double(reference),
+        _double(candidate),
+        [b.double().cpu() for b in batches],
+        1e-7 if tolerance is None else tolerance * 1e-2,
+        0.0,
+    )
     if exact.ok and report.error < 1e-3:
-        return Report([Difference(d.name, d.error, d.range, tolerance or TOLERANCE[torch.float32]) for d in exact.differences], len(batches))
+        return Report(
+            [Difference(d.name, d.error, d.range, tolerance or TOLERANCE[torch.float32]) for d in exact.differences],
+            len(batches),
+        )
     return report
 
 
@@ -116,11 +128,15 @@ def _compare(reference: Any, candidate: Any, batches: list[Any], tolerance: floa
         with torch.no_grad():
             expected, got = dict(tensors(reference(batch))), dict(tensors(candidate(batch)))
         if expected.keys() != got.keys():
-            raise ValueError(f"the reference gives outputs {sorted(expected)}, the candidate {sorted(got)}; they must be the same")
+            raise ValueError(
+                f"the reference gives outputs {sorted(expected)}, the candidate {sorted(got)}; they must be the same"
+            )
         for name, a in expected.items():
             b = got[name]
             if a.shape != b.shape:
-                raise ValueError(f"output {name} has shape {tuple(a.shape)} in the reference and {tuple(b.shape)} in the candidate")
+                raise ValueError(
+                    f"output {name} has shape {tuple(a.shape)} in the reference and {tuple(b.shape)} in the candidate"
+                )
             if not a.numel():
                 continue
             accepted[name] = tolerance if tolerance is not None else TOLERANCE.get(a.dtype, 1e-5)

@@ -34,7 +34,6 @@ def good(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("good") / "best.pt", tiny)
 
 
-
 def test_a_missing_file_is_refused_before_anybody_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: Any) -> None:
         raise AssertionError(f"it was looked for on the network: {args}")

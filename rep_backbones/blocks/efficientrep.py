@@ -1,7 +1,7 @@
 """The stages of YOLOv6: BottleRep, BepC3 and the two poolings of its trunks.
 
-Li et al., "YOLOv6 v3.0: A Full-Scale Reloading", 2023, section 2.1, and Weng et al., "EfficientRep", 2023: stages of RepVGG blocks
-(n, s), and CSP stages of them (m, l), which train with conv + SiLU in the l model (`rep: false`).
+Li et al., "YOLOv6 v3.0: A Full-Scale Reloading", 2023, section 2.1, and Weng et al., "EfficientRep", 2023: stages of RepVGG
+blocks (n, s), and CSP stages of them (m, l), which train with conv + SiLU in the l model (`rep: false`).
 Everything here is a composition of containers; only the layers inside fold.
 """
 
@@ -65,7 +65,9 @@ class SimSPPF(nn.Sequential):
 
 @register_layer
 class SimCSPSPPF(nn.Sequential):
-    """SimSPPF as a cross-stage partial stage. `(n, c1, h, w)` -> `(n, c2, h, w)`; `e`: hidden channels as a fraction of c2."""
+    """SimSPPF as a cross-stage partial stage. `(n, c1, h, w)` -> `(n, c2, h, w)`; `e`: hidden channels as a fraction of
+    c2.
+    """
 
     def __init__(self, c1: int, c2: int, k: int = 5, e: float = 0.5, act: Act = True) -> None:
         h = int(c2 * e)

@@ -30,11 +30,16 @@ def activation(act: Act, default: type[nn.Module]) -> nn.Module:
     if isinstance(act, str):
         found = getattr(nn, act.removeprefix("nn."), None)
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise ValueError(f"act={act!r} is not the name of a torch.nn class; accepted are True, False, a name such as 'ReLU' or 'SiLU', or a module")
+            raise ValueError(
+                f"act={act!r} is not the name of a torch.nn class; accepted are True, False, a name such as 'ReLU' or "
+                "'SiLU', or a module"
+            )
         return found()
     if isinstance(act, type) and issubclass(act, nn.Module):
         return act()
-    raise TypeError(f"act={act!r} of type {type(act).__name__}; accepted are True, False, a torch.nn class or its name, or a module")
+    raise TypeError(
+        f"act={act!r} of type {type(act).__name__}; accepted are True, False, a torch.nn class or its name, or a module"
+    )
 
 
 def same_padding(k: Size, d: Size = 1, p: Size | None = None) -> tuple[int, int]:
@@ -59,4 +64,6 @@ def conv_bn(c1: int, c2: int, k: Size = 1, s: int = 1, p: Size | None = None, g:
 def squeeze_excite(c: int, reduction: int = 16) -> Gate:
     """Squeeze-and-excitation (Hu et al., CVPR 2018) as RepVGG places it: between the sum and the activation."""
     hidden = max(1, c // reduction)
-    return Gate(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, c, 1), nn.Sigmoid()))
+    return Gate(
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, c, 1), nn.Sigmoid())
+    )

@@ -13,5 +13,7 @@ from rep_backbones.registry import register_layer
 class ConvBNAct(Block):
     """Convolution, BN, ReLU: one branch. `(n, c1, h, w)` -> `(n, c2, h / s, w / s)`."""
 
-    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, p: int | None = None, g: int = 1, d: int = 1, act: Act = True) -> None:
+    def __init__(
+        self, c1: int, c2: int, k: int = 3, s: int = 1, p: int | None = None, g: int = 1, d: int = 1, act: Act = True
+    ) -> None:
         super().__init__(conv_bn(c1, c2, k, s, p, g, d), act=activation(act, nn.ReLU))

@@ -1,9 +1,10 @@
 """RepVGG's block and YOLOv7's planned form of it.
 
-Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021, section 3.3: a KxK convolution, a 1x1 convolution and the
-identity, each with its own BN, are summed. They fold to one KxK convolution: kernels scaled by gamma / sqrt(var + eps), the
-1x1 and the identity placed at the centre tap, biases added.
-Wang et al., "YOLOv7", CVPR 2023, section 4.1: no identity where the layer stands behind a residual or a concatenation (RepConvN).
+Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021, section 3.3: a KxK convolution, a 1x1 convolution
+and the identity, each with its own BN, are summed. They fold to one KxK convolution: kernels scaled by gamma / sqrt(var +
+eps), the 1x1 and the identity placed at the centre tap, biases added.
+Wang et al., "YOLOv7", CVPR 2023, section 4.1: no identity where the layer stands behind a residual or a concatenation
+(RepConvN).
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from rep_backbones.registry import register_layer
 def _branches(c1: int, c2: int, k: Size, s: int, p: Size | None, g: int, d: Size, identity: bool) -> Parallel:
     """KxK + 1x1 (+ identity BN where stride and channels allow it)."""
     if any(n % 2 == 0 for n in pair(k)):
-        raise ValueError(f"k={k}: a 1x1 branch can't be aligned with an even kernel; accepted are odd kernel sizes, such as 3")
+        raise ValueError(
+            f"k={k}: a 1x1 branch can't be aligned with an even kernel; accepted are odd kernel sizes, such as 3"
+        )
     if same_padding(k, d, p) != same_padding(k, d):
-        raise ValueError(f"p={p}: parallel branches need the padding that keeps the size, {same_padding(k, d)} for k={k}, d={d}; leave p out")
+        raise ValueError(
+            f"p={p}: parallel branches need the padding that keeps the size, {same_padding(k, d)} for k={k}, d={d}; "
+            "leave p out"
+        )
     branches: dict[str, nn.Module] = {"kxk": conv_bn(c1, c2, k, s, p, g, d), "1x1": conv_bn(c1, c2, 1, s, 0, g)}
     if identity and c1 == c2 and s == 1:
         branches["identity"] = nn.BatchNorm2d(c1)
@@ -30,14 +36,24 @@ def _branches(c1: int, c2: int, k: Size, s: int, p: Size | None, g: int, d: Size
 
 @register_layer
 class RepVGGBlock(Block):
-    """RepVGG's layer with ReLU; `se=True` puts squeeze-and-excitation in front of it. `(n, c1, h, w)` -> `(n, c2, h / s, w / s)`.
+    """RepVGG's layer with ReLU; `se=True` puts squeeze-and-excitation in front of it. `(n, c1, h, w)` ->
+    `(n, c2, h / s, w / s)`.
 
     Raises:
         ValueError: for an even `k`, or a `p` that does not keep the size.
     """
 
     def __init__(
-        self, c1: int, c2: int, k: Size = 3, s: int = 1, p: Size | None = None, g: int = 1, d: Size = 1, act: Act = True, se: bool = False
+        self,
+        c1: int,
+        c2: int,
+        k: Size = 3,
+        s: int = 1,
+        p: Size | None = None,
+        g: int = 1,
+        d: Size = 1,
+        act: Act = True,
+        se: bool = False,
     ) -> None:
         tail: dict[str, nn.Module] = {"gate": squeeze_excite(c2)} if se else {}
         super().__init__(_branches(c1, c2, k, s, p, g, d, identity=True), **tail, act=activation(act, nn.ReLU))
@@ -47,7 +63,9 @@ class RepVGGBlock(Block):
 class RepConv(Block):
     """YOLOv7's layer with SiLU; the arguments, shapes and errors of RepVGGBlock without `se`."""
 
-    def __init__(self, c1: int, c2: int, k: Size = 3, s: int = 1, p: Size | None = None, g: int = 1, d: Size = 1, act: Act = True) -> None:
+    def __init__(
+        self, c1: int, c2: int, k: Size = 3, s: int = 1, p: Size | None = None, g: int = 1, d: Size = 1, act: Act = True
+    ) -> None:
         super().__init__(_branches(c1, c2, k, s, p, g, d, identity=True), act=activation(act, nn.SiLU))
 
 
@@ -55,5 +73,7 @@ class RepConv(Block):
 class RepConvN(Block):
     """RepConv without the identity, for layers behind a residual or a concatenation."""
 
-    def __init__(self, c1: int, c2: int, k: Size = 3, s: int = 1, p: Size | None = None, g: int = 1, d: Size = 1, act: Act = True) -> None:
+    def __init__(
+        self, c1: int, c2: int, k: Size = 3, s: int = 1, p: Size | None = None, g: int = 1, d: Size = 1, act: Act = True
+    ) -> None:
         super().__init__(_branches(c1, c2, k, s, p, g, d, identity=False), act=activation(act, nn.SiLU))

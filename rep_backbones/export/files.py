@@ -55,7 +55,9 @@ def _telling(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise TargetError(f"cannot write {path}: {reason}. Free the space or give a folder that can be written to") from error
+        raise TargetError(
+            f"cannot write {path}: {reason}. Free the space or give a folder that can be written to"
+        ) from error
     except RuntimeError as error:  # torch.save reports a full disk so
         if "PytorchStreamWriter" not in str(error) and "write" not in str(error):
             raise

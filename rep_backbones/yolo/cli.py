@@ -14,8 +14,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import ultralytics.cfg
 import ultralytics.engine.model
 from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
-from ultralytics.utils import SETTINGS, YAML, checks, downloads
+from ultralytics.utils import SETTINGS, YAML, downloads
 
 from rep_backbones.yolo import checkpoint, safe_yaml
+from rep_backbones.yolo.switches import no_installs, replaced
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _INPUT_ERRORS = (ValueError, TypeError, SyntaxError, KeyError, AssertionError, ImportError, OSError)
@@ -64,14 +65,13 @@ def run(args: Sequence[str], *, trust: bool = False) -> None:
             ultralytics.cfg,
             ultralytics.engine.model,
         ):  # the second saves pictures where the command is a `yolo predict`
-            stack.enter_context(_replaced(module, "ARGV", ["rep-yolo", *args]))
-        stack.enter_context(_replaced(Model, "_smart_load", _with_our_trainers(Model._smart_load)))
-        if "YOLO_AUTOINSTALL" not in os.environ:  # nothing is installed behind the user's back unless the user asks
-            stack.enter_context(_replaced(checks, "AUTOINSTALL", False))
+            stack.enter_context(replaced(module, "ARGV", ["rep-yolo", *args]))
+        stack.enter_context(replaced(Model, "_smart_load", _with_our_trainers(Model._smart_load)))
+        stack.enter_context(no_installs())
         if not trust:
             _check_named_files(args)
-            stack.enter_context(_replaced(tasks, "torch_safe_load", _checking_files(tasks.torch_safe_load)))
-            stack.enter_context(_replaced(tasks, "parse_model", _checking_yaml(tasks.parse_model)))
+            stack.enter_context(replaced(tasks, "torch_safe_load", _checking_files(tasks.torch_safe_load)))
+            stack.enter_context(replaced(tasks, "parse_model", _checking_yaml(tasks.parse_model)))
         ultralytics.cfg.entrypoint()
 
 
@@ -148,16 +148,6 @@ def _with_our_trainers(stock: Callable[..., Any]) -> Callable[..., Any]:
         return ours if ours is not None and issubclass(ours, loaded) else loaded
 
     return _smart_load
-
-
-@contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    kept = getattr(holder, name)
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        setattr(holder, name, kept)
 
 
 def _failed(message: str, status: int) -> int:

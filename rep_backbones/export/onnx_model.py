@@ -1,0 +1,124 @@
+"""An ONNX file: what its graph holds, and what ONNX Runtime computes with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+# Smallest absolute difference that counts: ONNX Runtime's float32 sigmoid is a polynomial that is off by up to this much at
+# scores near zero, whatever the model.
+RESOLUTION = 5e-7
+
+# What keeps a branch affine, as the graph of an eval model has it; any other operator ends it.
+_LINEAR = {"Conv", "BatchNormalization", "Identity", "AveragePool", "Add", "Sum", "Pad", "Dropout"}
+
+
+class OnnxModel:
+    """A graph and its session on the CPU.
+
+    Calling it takes a float tensor `(n, c, h, w)` and gives the list of its outputs, in the type of the file.
+
+    Raises:
+        ValueError: the file is not an ONNX model that ONNX Runtime accepts, with its reason.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.proto = onnx.load(str(path))
+            onnx.checker.check_model(self.proto)
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # protobuf, onnx and the runtime have an exception type each
+            raise ValueError(f"{path} is not a model that ONNX Runtime accepts: {error}") from error
+        self._input = self.session.get_inputs()[0]
+        self._half_input = "float16" in self._input.type
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        given = x.detach().cpu().numpy().astype(np.float16 if self._half_input else np.float32)
+        return [torch.from_numpy(value).float() for value in self.session.run(None, {self._input.name: given})]
+
+    @property
+    def input_shape(self) -> list[int | str]:
+        """As declared: numbers, and names for dimensions that may vary."""
+        return list(self._input.shape)
+
+    @property
+    def opset(self) -> int:
+        return next(entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+    @property
+    def half(self) -> bool:
+        """Whether its kernels are FP16; its inputs may be float32 then all the same."""
+        return any(
+            value.data_type == onnx.TensorProto.FLOAT16 and len(value.dims) > 1 for value in self.proto.graph.initializer
+        )
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        return {entry.key: entry.value for entry in self.proto.metadata_props}
+
+    @cached_property
+    def operators(self) -> Counter[str]:
+        """How often each operator occurs, subgraphs of Loop and If included."""
+        return Counter(node.op_type for graph in _graphs(self.proto.graph) for node in graph.node)
+
+    @property
+    def conv_nodes(self) -> int:
+        return self.operators["Conv"]
+
+    @cached_property
+    def leftover_branches(self) -> list[str]:
+        """The names of additions that sum affine branches of one tensor, at least one of them a convolution: what a
+        multi-branch layer looks like that was exported without being fused.
+        """
+        graph = self.proto.graph
+        makers = {name: node for node in graph.node for name in node.output}
+        constant = {value.name for value in graph.initializer}
+        constant |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+        found = []
+        for node in graph.node:
+            if node.op_type not in ("Add", "Sum"):
+                continue
+            parts = [_sources(name, makers, constant) for name in node.input if name not in constant]
+            for index, (sources, convs) in enumerate(parts):
+                if any(sources & others and (convs or more) for others, more in parts[index + 1 :]):
+                    found.append(node.name or node.output[0])
+                    break
+        return found
+
+
+def _sources(name: str, makers: dict[str, Any], constant: set[str]) -> tuple[set[str], int]:
+    """The tensors that an affine part of the graph starts from, and how many convolutions it holds."""
+    found, convs, todo, seen = set(), 0, [name], set()
+    while todo:
+        name = todo.pop()
+        if name in seen or name in constant:
+            continue
+        seen.add(name)
+        node = makers.get(name)
+        if node is None or node.op_type not in _LINEAR:
+            found.add(name)
+            continue
+        convs += node.op_type == "Conv"
+        todo += node.input if node.op_type in ("Add", "Sum") else node.input[:1]
+    return found, convs
+
+
+def _graphs(graph: Any) -> list[Any]:
+    below = [
+        inner
+        for node in graph.node
+        for attribute in node.attribute
+        for inner in ([attribute.g] if attribute.HasField("g") else list(attribute.graphs))
+    ]
+    return [graph, *(found for inner in below for found in _graphs(inner))]

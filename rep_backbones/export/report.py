@@ -1,0 +1,108 @@
+"""The report of an export: what went in, what came out, and what was proved about it, as one JSON document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rep_backbones.export.files import replacing
+from rep_backbones.verify import Report as Comparison
+
+SCHEMA = "rep_backbones/fuse_export/1"
+_PACKAGES = ("rep_backbones", "torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxslim", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The size of a model: layers with branches, convolutions, parameters, and GFLOPs for one picture of the given size."""
+
+    multi_branch_layers: int
+    convs: int
+    parameters: int
+    gflops: float
+
+
+@dataclass(frozen=True)
+class LayerProof:
+    """One multi-branch layer and its convolution, on the inputs that it meets in the network.
+
+    `error` is the largest difference of the outputs as a fraction of their range.
+    """
+
+    path: str
+    type: str
+    branches: list[str]
+    kernel: list[int]
+    stride: list[int]
+    groups: int
+    error: float
+    ok: bool
+
+
+@dataclass
+class Report:
+    """Filled while the work goes on, so that a failure leaves what was known until then."""
+
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    status: int = 0
+    counts: dict[str, Counts] = field(default_factory=dict)  # "before" and "after"
+    layers: list[LayerProof] = field(default_factory=list)
+    proofs: dict[str, Any] = field(default_factory=dict)  # name -> as `proof`
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)  # format -> path, sha256, error, ...
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        about = {"schema": SCHEMA, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions()}
+        return {**about, **asdict(self)}
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON; NaN and infinity, which JSON has not, become null.
+
+        Raises:
+            TargetError: `path` cannot be written.
+        """
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def proof(report: Comparison) -> dict[str, Any]:
+    """What `verify` found, as plain data."""
+    return {"ok": report.ok, "error": report.error, "outputs": [{**asdict(d), "ok": d.ok} for d in report.differences]}
+
+
+def versions() -> dict[str, str]:
+    """Python, and the packages that take part, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Of the file's content, hexadecimal."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,208 @@
+"""What can be made of a deploy model: one function for each format, that exports it and proves the file.
+
+Ultralytics' exporter does the work, so that the files carry the metadata that `yolo predict model=best_deploy.onnx` needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.engine.exporter import NMSModel
+from ultralytics.nn.autobackend import AutoBackend
+from ultralytics.utils import DEFAULT_CFG
+
+from rep_backbones.export import tensorrt
+from rep_backbones.export.detections import compare_rows
+from rep_backbones.export.onnx_model import RESOLUTION, OnnxModel
+from rep_backbones.export.report import proof
+from rep_backbones.verify import Report, verify
+from rep_backbones.yolo.proof import conv_calls, exported_form, split
+
+if TYPE_CHECKING:
+    from rep_backbones.yolo.fuse_export import Settings
+
+FP32, FP16, ENGINE = 1e-5, 2e-2, 1e-2  # of an output's range; an engine computes in TF32 unless it is told not to
+
+
+@dataclass(frozen=True)
+class Job:
+    """A deploy model that is to be exported."""
+
+    kept: Path  # where the user finds its checkpoint
+    checkpoint: Path  # the copy that is exported from; artefacts appear beside it
+    model: Any  # an Ultralytics model, float32, on the CPU
+    batch: Tensor  # (n, c, h, w), pictures
+    settings: Settings
+    size: tuple[int, int]  # (height, width) in pixels
+
+
+@dataclass
+class Made:
+    """A file and what was found out about it."""
+
+    path: Path
+    about: dict[str, Any] = field(default_factory=dict)  # goes into the report
+    failures: list[str] = field(default_factory=list)  # why it is not proved
+    missing: str = ""  # why there is no file, and what to do
+    notes: list[str] = field(default_factory=list)
+
+
+def chosen(formats: Sequence[str]) -> list[str]:
+    """The formats to make, in the order of FORMATS; an engine is made from ONNX, which is then made too.
+
+    Raises:
+        ValueError: a format that is not known, with those that are.
+    """
+    wanted = list(formats) or ["onnx", *([] if tensorrt.missing() else ["engine"])]
+    for name in wanted:
+        if name not in FORMATS:
+            raise ValueError(f"--format {name} is not known; accepted are {', '.join(FORMATS)}")
+    return [name for name in FORMATS if name in wanted or (name == "onnx" and "engine" in wanted)]
+
+
+def make_onnx(job: Job) -> Made:
+    """Export to ONNX and prove the file with ONNX Runtime."""
+    path = _exported(job, "onnx")
+    graph = OnnxModel(path)
+    made = Made(path)
+    compared = _compare(
+        job, graph, end2end=_flag(graph.metadata, "end2end"), tolerance=FP16 if graph.half else FP32, made=made
+    )
+    expected = conv_calls(job.model, job.batch[:1])
+    unknown = tensorrt.unsupported(graph.operators)
+    made.about = {
+        **proof(compared),
+        "conv_nodes": graph.conv_nodes,
+        "conv_modules": expected,
+        "opset": graph.opset,
+        "precision": "fp16" if graph.half else "fp32",
+        "input": graph.input_shape,
+        "unknown_to_tensorrt": unknown,
+    }
+    if not compared.ok:
+        made.failures.append(f"{path.name} computes something else than the fused model:\n{compared}")
+    if graph.leftover_branches:
+        made.failures.append(f"{path.name} still sums parallel branches at {', '.join(graph.leftover_branches[:5])}")
+    if graph.conv_nodes > expected:
+        made.failures.append(f"{path.name} has {graph.conv_nodes} convolutions where the fused model runs {expected}")
+    if job.settings.half and not graph.half:
+        made.notes.append(f"{path.name} is FP32: this Ultralytics writes FP16 on a GPU only; give --device 0")
+    if unknown:
+        made.notes.append(f"{path.name} uses operators that TensorRT may not know: {', '.join(unknown)}")
+    return made
+
+
+def make_engine(job: Job) -> Made:
+    """Build a TensorRT engine and prove it; where it cannot be built, say how to."""
+    onnx = job.kept.with_suffix(".onnx")
+    path = job.checkpoint.with_suffix(".engine")
+    shape = (job.settings.batch, job.batch.shape[1], *job.size)
+    stride = int(torch.as_tensor(job.model.stride).max())
+    line = tensorrt.trtexec_line(
+        str(onnx),
+        str(onnx.with_suffix(".engine")),
+        shape,
+        dynamic=job.settings.dynamic,
+        half=job.settings.half,
+        minimum=stride,
+    )
+    if reason := tensorrt.missing():
+        where = f"--format engine: {reason}. The ONNX file is kept; on a machine with TensorRT run\n    {line}"
+        return Made(path, {"missing": reason, "trtexec": line}, missing=where)
+    try:
+        _exported(job, "engine")
+    except ExportFailed as error:
+        where = f"--format engine: {error}. The ONNX file is kept; build the engine with\n    {line}"
+        return Made(path, {"missing": str(error), "trtexec": line}, missing=where)
+    device = torch.device(f"cuda:{job.settings.device or 0}")
+    backend = AutoBackend(str(path), device=device, fp16=job.settings.half)
+
+    def engine(x: Tensor) -> list[Tensor]:
+        output = backend(x.to(device))
+        return [value.float().cpu() for value in (output if isinstance(output, (list, tuple)) else [output])]
+
+    made = Made(path)
+    compared = _compare(job, engine, end2end=None, tolerance=ENGINE, made=made)
+    made.about = {**proof(compared), "precision": "fp16" if job.settings.half else "fp32", "trtexec": line}
+    if not compared.ok:
+        made.failures.append(f"{path.name} computes something else than the fused model:\n{compared}")
+    return made
+
+
+# the visible table of what `--format` takes, in the order in which it is made
+FORMATS: dict[str, Callable[[Job], Made]] = {"onnx": make_onnx, "engine": make_engine}
+
+
+class ExportFailed(Exception):
+    """Ultralytics' exporter failed, with its reason."""
+
+
+def _exported(job: Job, name: str) -> Path:
+    wanted = job.settings
+    options: dict[str, Any] = {"format": name, "imgsz": list(job.size), "batch": wanted.batch, "dynamic": wanted.dynamic}
+    options |= {key: True for key in ("half", "nms") if getattr(wanted, key)}
+    options["device"] = wanted.device if wanted.device is not None else ("0" if name == "engine" else "cpu")
+    try:
+        return Path(YOLO(str(job.checkpoint)).export(**options, verbose=False))
+    except Exception as error:  # of whatever library stands behind the format
+        raise ExportFailed(f"exporting to {name} failed ({type(error).__name__}: {error})") from error
+
+
+def _compare(
+    job: Job, artifact: Callable[[Tensor], list[Tensor]], *, end2end: bool | None, tolerance: float, made: Made
+) -> Report:
+    """The artefact against the deploy model in FP32, on pictures in each shape that it was made for."""
+    batches = list(_batches(job))
+    with torch.no_grad():
+        reference = exported_form(job.model, end2end)
+        if job.settings.nms:
+            reference = NMSModel(reference, get_cfg(DEFAULT_CFG, {"format": "onnx", "batch": job.settings.batch})).eval()
+        rows = job.settings.nms or bool(getattr(job.model, "end2end", False) and end2end is not False)
+        if not rows:
+            nc = 0 if job.model.task == "classify" else job.model.model[-1].nc
+            return verify(
+                lambda x: _parts(_listed(reference(x)), nc),
+                lambda x: _parts(artifact(x), nc),
+                batches,
+                tolerance=tolerance,
+                resolution=RESOLUTION,
+            )
+        pairs = [(_listed(reference(x))[0], artifact(x)[0]) for x in batches]
+    compared, found = compare_rows(pairs, size=max(job.size), tolerance=max(tolerance, 1e-4))
+    if not found:
+        made.notes.append(f"{made.path.name}: the pictures show nothing that is detected, so its final rows prove little")
+    return compared
+
+
+def _batches(job: Job) -> Iterator[Tensor]:
+    n = job.settings.batch
+    repeated = job.batch.repeat(-(-n // len(job.batch)), 1, 1, 1)
+    if n == 1:
+        yield from job.batch.split(1)
+    else:
+        yield repeated[:n]
+    if job.settings.dynamic:  # other sizes too: a batch of two lower pictures
+        stride = int(torch.as_tensor(job.model.stride).max())
+        height = max(job.size[0] - stride, stride)
+        yield repeated[: min(n, 2), :, :height]
+
+
+def _parts(outputs: list[Tensor], nc: int) -> dict[str, Tensor]:
+    if not nc:
+        return {str(index): value for index, value in enumerate(outputs)}
+    return {**split(outputs[0], nc), **{str(index): value for index, value in enumerate(outputs[1:], 1)}}
+
+
+def _listed(output: Any) -> list[Tensor]:
+    return list(output) if isinstance(output, (list, tuple)) else [output]
+
+
+def _flag(metadata: dict[str, str], key: str) -> bool | None:
+    return None if key not in metadata else metadata[key] == "True"

@@ -1,0 +1,93 @@
+"""The command line of `tools/fuse_export.py`.
+
+Exit status: 0 all proved; 2 bad input, or a target that cannot be written; 3 a proof failed or a multi-branch layer is left;
+4 a backend that was asked for is missing; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from rep_backbones.export.files import TargetError
+from rep_backbones.yolo.artifacts import FORMATS
+from rep_backbones.yolo.fuse_export import BAD_INPUT, MISSING, PROVED, UNPROVED, Settings, run
+from rep_backbones.yolo.plain_data import Refused
+
+INTERRUPTED = 130
+ENDS = {
+    PROVED: "all proved",
+    UNPROVED: "NOT PROVED; do not deploy what is named .unproved. The report says where it differs",
+    MISSING: "all that can be made here is made and proved",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv` (the process's own by default); returns the exit status."""
+    options = _parser().parse_args(argv)
+    settings = Settings(
+        formats=tuple(options.format),
+        imgsz=tuple(options.imgsz) if options.imgsz else None,
+        batch=options.batch,
+        dynamic=options.dynamic,
+        half=options.half,
+        nms=options.nms,
+        device=options.device,
+    )
+    try:
+        outcome = run(options.weights, settings, out=options.out, trust=options.trust, verbose=options.verbose, tell=_say)
+    except KeyboardInterrupt:
+        return _failed("interrupted; nothing that was there before has changed", INTERRUPTED)
+    except (Refused, TargetError, ValueError) as error:
+        return _failed(str(error), BAD_INPUT)
+    except Exception as error:  # a command line ends with a message and a status, whatever happened
+        if os.environ.get("REP_YOLO_TRACEBACK"):
+            traceback.print_exc()
+        return _failed(f"{type(error).__name__}: {error} (REP_YOLO_TRACEBACK=1 shows where)", UNPROVED)
+    for note in outcome.report.notes:
+        _say(f"note: {note}")
+    for failure in outcome.report.failures:
+        if outcome.status == UNPROVED:
+            print(f"fuse_export: {failure}", file=sys.stderr)
+    _say(f"{ENDS[outcome.status]} (exit status {outcome.status})")
+    return outcome.status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fuse_export.py",
+        description="Merge every multi-branch layer of a trained detector into one convolution, prove that it computes the "
+        "same, and export it. Writes <stem>_deploy.pt, the artefacts beside it, and <stem>_deploy_report.json.",
+        epilog="Exit status: 0 all proved; 2 bad input; 3 a proof failed; 4 a backend is missing; 130 interrupted.",
+    )
+    parser.add_argument("weights", help="a checkpoint of Ultralytics, such as runs/detect/train/weights/best.pt")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"{', '.join(FORMATS)} (default: onnx, and engine where CUDA and TensorRT are)",
+    )
+    parser.add_argument("--imgsz", nargs="+", type=int, help="pixels, or height and width (default: as trained)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: 1)")
+    parser.add_argument("--dynamic", action="store_true", help="let batch, height and width vary")
+    parser.add_argument("--half", action="store_true", help="FP16")
+    parser.add_argument("--nms", action="store_true", help="put non-maximum suppression into the artefact")
+    parser.add_argument("--device", help="such as 0 or cpu (default: cpu; an engine is built on 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all files (default: that of the weights)")
+    parser.add_argument("--trust", action="store_true", help="unpickle the file with all code that it holds")
+    parser.add_argument("--verbose", action="store_true", help="show what Ultralytics says while it exports")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(f"fuse_export: {line}", flush=True)
+
+
+def _failed(message: str, status: int) -> int:
+    print(f"fuse_export: {message}", file=sys.stderr, flush=True)
+    return status

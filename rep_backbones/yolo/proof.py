@@ -1,0 +1,117 @@
+"""Proofs that a deploy model computes what the trained one does: at the outputs, layer by layer, and as an artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rep_backbones.export.report import LayerProof
+from rep_backbones.fuse import fuse_and_map
+from rep_backbones.rules import multi_branch
+from rep_backbones.verify import tensors, verify
+
+
+class Outputs(nn.Module):
+    """A model with its outputs by name, boxes, scores and raw maps apart: each has a range of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return named(self.model(x), self.model)
+
+
+def named(output: Any, model: Any) -> dict[str, Tensor]:
+    """The tensors of an output `model` makes, by name; the predictions `(n, 4 + nc + rest, anchors)` in their parts.
+
+    Final detections `(n, k, 6)` of an end-to-end head are left out: the raw maps decide them, and their order is by
+    score, so that two equal models may differ in it.
+    """
+    found = dict(tensors(output))
+    first = next(iter(found))
+    if getattr(model, "task", "detect") == "classify":
+        return found
+    predictions = found.pop(first)
+    if getattr(model, "end2end", False):
+        return found
+    return {**split(predictions, model.model[-1].nc), **found}
+
+
+def split(predictions: Tensor, nc: int) -> dict[str, Tensor]:
+    """Boxes, scores and the rest (mask coefficients, keypoints, angle) of predictions `(n, 4 + nc + rest, anchors)`."""
+    parts = {"boxes": predictions[:, :4], "scores": predictions[:, 4 : 4 + nc], "extra": predictions[:, 4 + nc :]}
+    return {name: part for name, part in parts.items() if part.shape[1]}
+
+
+def exported_form(model: nn.Module, end2end: bool | None = None) -> nn.Module:
+    """A copy of `model` whose head answers as it does in an export: the predictions, without what training needs."""
+    made: Any = deepcopy(model)
+    if end2end is not None and hasattr(made, "end2end"):
+        made.end2end = end2end
+    for module in made.modules():
+        if hasattr(type(module), "export"):
+            module.export, module.format = True, "onnx"
+    return made
+
+
+def layer_proofs(model: nn.Module, batch: Tensor) -> list[LayerProof]:
+    """Each multi-branch layer of `model` against its convolution, on the inputs that the layer meets for `batch`.
+
+    Raises:
+        FoldError: a layer cannot be fused exactly, with its path and the reason.
+    """
+    fused, places = fuse_and_map(model)
+    convs = dict(fused.named_modules())
+    layers = {path: (layer, list(dict(part.items()))) for path, layer, part in multi_branch(model)}
+    found: dict[str, LayerProof] = {}
+
+    def checked(path: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            handles.pop(path).remove()  # the comparison runs the layer again
+            report = verify(layer, convs[path], [inputs[0]])
+            conv: Any = convs[places[path]]
+            found[path] = LayerProof(
+                path=path,
+                type=type(layer).__name__,
+                branches=layers[path][1],
+                kernel=list(conv.kernel_size),
+                stride=list(conv.stride),
+                groups=conv.groups,
+                error=report.error,
+                ok=report.ok,
+            )
+
+        return hook
+
+    handles = {path: layer.register_forward_hook(checked(path)) for path, (layer, _) in layers.items()}
+    try:
+        with torch.no_grad():
+            model(batch)
+    finally:
+        for handle in handles.values():
+            handle.remove()
+    return [found[path] for path in layers if path in found]
+
+
+def conv_calls(model: nn.Module, batch: Tensor) -> int:
+    """How many convolutions run for one batch."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        with torch.no_grad():
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

@@ -34,7 +34,6 @@ class OnnxModel:
         self.path = path
         try:
             self.proto = onnx.load(str(path))
-            onnx.checker.check_model(self.proto)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -83,13 +82,15 @@ class OnnxModel:
         """
         graph = self.proto.graph
         makers = {name: node for node in graph.node for name in node.output}
-        constant = {value.name for value in graph.initializer}
-        constant |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+        values = {value.name: value for value in graph.initializer}
+        values |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+        constant = set(values)
+        linear = {name for name, node in makers.items() if node.op_type in _LINEAR or _subsamples(node, values)}
         found = []
         for node in graph.node:
             if node.op_type not in ("Add", "Sum"):
                 continue
-            parts = [_sources(name, makers, constant) for name in node.input if name not in constant]
+            parts = [_sources(name, makers, linear, constant) for name in node.input if name not in constant]
             for index, (sources, convs) in enumerate(parts):
                 if any(sources & others and (convs or more) for others, more in parts[index + 1 :]):
                     found.append(node.name or node.output[0])
@@ -97,7 +98,7 @@ class OnnxModel:
         return found
 
 
-def _sources(name: str, makers: dict[str, Any], constant: set[str]) -> tuple[set[str], int]:
+def _sources(name: str, makers: dict[str, Any], linear: set[str], constant: set[str]) -> tuple[set[str], int]:
     """The tensors that an affine part of the graph starts from, and how many convolutions it holds."""
     found, convs, todo, seen = set(), 0, [name], set()
     while todo:
@@ -105,13 +106,20 @@ def _sources(name: str, makers: dict[str, Any], constant: set[str]) -> tuple[set
         if name in seen or name in constant:
             continue
         seen.add(name)
-        node = makers.get(name)
-        if node is None or node.op_type not in _LINEAR:
+        if name not in linear:
             found.add(name)
             continue
+        node = makers[name]
         convs += node.op_type == "Conv"
         todo += node.input if node.op_type in ("Add", "Sum") else node.input[:1]
     return found, convs
+
+
+def _subsamples(node: Any, values: dict[str, Any]) -> bool:
+    """Whether a node is `x[:, :, ::s, ::s]` of an axis: a stride without a convolution."""
+    if node.op_type != "Slice" or len(node.input) < 5 or node.input[4] not in values:
+        return False
+    return bool((onnx.numpy_helper.to_array(values[node.input[4]]) > 1).any())
 
 
 def _graphs(graph: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from rep_backbones.export.files import replacing
 from rep_backbones.verify import Report as Comparison
 
 SCHEMA = "rep_backbones/fuse_export/1"
-_PACKAGES = ("rep_backbones", "torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxslim", "tensorrt")
+_PACKAGES = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxslim", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,10 @@ def proof(report: Comparison) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python, and the packages that take part, where they are installed."""
-    found = {"python": platform.python_version()}
+    """Python, this package, and those that take part where they are installed."""
+    from rep_backbones import __version__  # this room is imported while the package is
+
+    found = {"python": platform.python_version(), "rep_backbones": __version__}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -16,7 +16,7 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.engine.exporter import NMSModel
 from ultralytics.nn.autobackend import AutoBackend
-from ultralytics.utils import DEFAULT_CFG
+from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT
 
 from rep_backbones.export import tensorrt
 from rep_backbones.export.detections import compare_rows
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from rep_backbones.yolo.fuse_export import Settings
 
 FP32, FP16, ENGINE = 1e-5, 2e-2, 1e-2  # of an output's range; an engine computes in TF32 unless it is told not to
+
+NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults, in the graph with --nms
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,12 @@ def chosen(formats: Sequence[str]) -> list[str]:
 def make_onnx(job: Job) -> Made:
     """Export to ONNX and prove the file with ONNX Runtime."""
     path = _exported(job, "onnx")
-    graph = OnnxModel(path)
     made = Made(path)
+    try:
+        graph = OnnxModel(path)
+    except ValueError as error:
+        made.failures.append(str(error))
+        return made
     compared = _compare(
         job, graph, end2end=_flag(graph.metadata, "end2end"), tolerance=FP16 if graph.half else FP32, made=made
     )
@@ -147,7 +153,10 @@ class ExportFailed(Exception):
 def _exported(job: Job, name: str) -> Path:
     wanted = job.settings
     options: dict[str, Any] = {"format": name, "imgsz": list(job.size), "batch": wanted.batch, "dynamic": wanted.dynamic}
-    options |= {key: True for key in ("half", "nms") if getattr(wanted, key)}
+    if wanted.half:
+        options |= {"quantize": 16} if "quantize" in DEFAULT_CFG_DICT else {"half": True}
+    if wanted.nms:
+        options |= {"nms": True, **NMS}
     options["device"] = wanted.device if wanted.device is not None else ("0" if name == "engine" else "cpu")
     try:
         return Path(YOLO(str(job.checkpoint)).export(**options, verbose=False))
@@ -161,9 +170,11 @@ def _compare(
     """The artefact against the deploy model in FP32, on pictures in each shape that it was made for."""
     batches = list(_batches(job))
     with torch.no_grad():
-        reference = exported_form(job.model, end2end)
+        reference = exported_form(job.model, end2end, corners=job.settings.nms)
         if job.settings.nms:
-            reference = NMSModel(reference, get_cfg(DEFAULT_CFG, {"format": "onnx", "batch": job.settings.batch})).eval()
+            reference = NMSModel(
+                reference, get_cfg(DEFAULT_CFG, {"format": "onnx", "batch": job.settings.batch, **NMS})
+            ).eval()
         rows = job.settings.nms or bool(getattr(job.model, "end2end", False) and end2end is not False)
         if not rows:
             nc = 0 if job.model.task == "classify" else job.model.model[-1].nc

@@ -49,14 +49,19 @@ def split(predictions: Tensor, nc: int) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part.shape[1]}
 
 
-def exported_form(model: nn.Module, end2end: bool | None = None) -> nn.Module:
-    """A copy of `model` whose head answers as it does in an export: the predictions, without what training needs."""
+def exported_form(model: nn.Module, end2end: bool | None = None, corners: bool = False) -> nn.Module:
+    """A copy of `model` whose head answers as it does in an export: the predictions, without what training needs.
+
+    Args:
+        end2end: whether the head decides itself what is a detection; None leaves it as it is.
+        corners: boxes as (x1, y1, x2, y2), which NMS in the graph needs, and not as centre and size.
+    """
     made: Any = deepcopy(model)
     if end2end is not None and hasattr(made, "end2end"):
         made.end2end = end2end
     for module in made.modules():
         if hasattr(type(module), "export"):
-            module.export, module.format = True, "onnx"
+            module.export, module.format, module.xyxy = True, "onnx", corners
     return made
 
 

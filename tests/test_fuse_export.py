@@ -109,7 +109,7 @@ def test_every_task_and_option(tmp_path: Path, task: str, options: list[str]) ->
     assert graph.half == ("--half" in options)
     if "--nms" in options:
         assert found["artifacts"]["onnx"]["outputs"][0]["name"] == "boxes"
-        assert graph(torch.rand(1, 3, 64, 64))[0].shape[1:] == (300, 6)
+        assert graph(torch.rand(1, 3, 64, 64))[0].shape[2] == 6
     if "--dynamic" in options:
         assert [len(graph(torch.rand(n, 3, 96, 64))[0]) for n in (1, 2)] == [1, 2]
 

@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check slow clean
+.PHONY: demo test check slow clean
 
 .venv/done: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	command -v uv >/dev/null || $(BIN)/pip install -q uv
 	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" uv pip install -q -e ".[dev]"
 	touch $@
+
+demo: .venv/done
+	$(BIN)/python tools/demo.py
 
 test: .venv/done
 	$(BIN)/python -m pytest

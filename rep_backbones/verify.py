@@ -25,7 +25,7 @@ class Difference:
         name: the output's place, such as "0" or "1.2".
         error: largest absolute difference as a fraction of `range`.
         range: largest minus smallest value of the reference, over all batches.
-        tolerance: what `error` may be.
+        tolerance: what `error` may be; more than asked for where two units in the last place of the output are more.
     """
 
     name: str
@@ -124,6 +124,7 @@ def _compare(reference: Any, candidate: Any, batches: list[Any], tolerance: floa
     low: dict[str, float] = {}
     high: dict[str, float] = {}
     accepted: dict[str, float] = {}
+    unit: dict[str, float] = {}
     for batch in batches:
         with torch.no_grad():
             expected, got = dict(tensors(reference(batch))), dict(tensors(candidate(batch)))
@@ -140,6 +141,7 @@ def _compare(reference: Any, candidate: Any, batches: list[Any], tolerance: floa
             if not a.numel():
                 continue
             accepted[name] = tolerance if tolerance is not None else TOLERANCE.get(a.dtype, 1e-5)
+            unit[name] = max(torch.finfo(t.dtype).eps for t in (a, b))
             x, y = a.detach().cpu().double(), b.detach().cpu().double()
             gap = float((x - y).abs().max())
             gap = gap if gap != gap else max(gap - resolution, 0.0)
@@ -149,9 +151,10 @@ def _compare(reference: Any, candidate: Any, batches: list[Any], tolerance: floa
             high[name] = max(high.get(name, float("-inf")), float(x.max()))
     found = []
     for name, gap in worst.items():
-        span = high[name] - low[name]
-        span = span or max(abs(high[name]), torch.finfo(torch.float32).tiny)
-        found.append(Difference(name, gap / span, span, accepted[name]))
+        peak = max(abs(low[name]), abs(high[name]), torch.finfo(torch.float32).tiny)
+        span = high[name] - low[name] or peak
+        # values all near 1 with a range of 0.01 cannot be told apart to 1e-5 of it: each side rounds to its last place
+        found.append(Difference(name, gap / span, span, max(accepted[name], 2 * unit[name] * peak / span)))
     return Report(found, len(batches))
 
 

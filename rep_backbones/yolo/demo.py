@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from tqdm import tqdm
 from ultralytics import YOLO
 
 from rep_backbones.export.files import TargetError, replacing, writable_folder
@@ -22,6 +24,7 @@ from rep_backbones.yolo.switches import no_installs, quiet
 from rep_backbones.yolo.trainer import RepTrainer
 
 SIZE = 160  # pixels
+BAR = "{desc}: {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total}, {elapsed}<{remaining} {postfix}"
 TRAINING = {
     "epochs": 12,
     "imgsz": SIZE,
@@ -56,16 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def demo(out: Path, epochs: int) -> int:
-    """Run everything in `out`; returns the exit status of `fuse_export`."""
+def demo(out: Path, epochs: int, train: int = 320, val: int = 80) -> int:
+    """Run everything in `out` with so many pictures; returns the exit status of `fuse_export`."""
     start = time.monotonic()
-    data = make_shapes(out / "data")
-    _say(f"drew 400 pictures of {', '.join(NAMES)}s in {data.parent}")
-    with no_installs():
+    data = make_shapes(out / "data", train=train, val=val, size=SIZE)
+    _say(f"drew {train + val} pictures of {', '.join(f'{name}s' for name in NAMES)} in {data.parent}")
+    settings = {**TRAINING, "epochs": epochs, "data": str(data), "project": str(out.resolve()), "name": "train"}
+    with no_installs(), quiet(), tqdm(total=epochs, desc="training", bar_format=BAR) as bar:
         model = YOLO("efficientrep-n.yaml")
-        settings = {**TRAINING, "epochs": epochs, "data": str(data), "project": str(out.resolve()), "name": "train"}
-        with quiet():  # the progress bars stay
-            model.train(trainer=RepTrainer, exist_ok=True, **settings)
+        model.add_callback("on_train_batch_end", lambda trainer: bar.update(1 / len(trainer.train_loader)))
+        model.add_callback("on_model_save", lambda trainer: bar.set_postfix_str(_reached(trainer)))
+        model.train(trainer=RepTrainer, exist_ok=True, **settings)
     weights = out / "train" / "weights" / "best.pt"
     outcome = fuse_export.run(weights, formats=("onnx",), out=out, tell=_say)
     if outcome.status != fuse_export.PROVED:
@@ -84,6 +88,10 @@ def demo(out: Path, epochs: int) -> int:
     )
     _say(f"{time.monotonic() - start:.0f} s; the picture is {out / 'detections.png'}\n\n{table(forms)}")
     return outcome.status
+
+
+def _reached(trainer: Any) -> str:
+    return f"AP50 {trainer.metrics.get('metrics/mAP50(B)', 0):.3f}"
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow versions clean
 
 .venv/done: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -23,5 +23,17 @@ check: .venv/done
 slow: .venv/done
 	$(BIN)/python -m pytest -m slow
 
+# the adapter's tests on other releases of Ultralytics, each in a folder of its own in front of the installed one
+RELEASES := 8.3.252 8.4.100
+ADAPTER := $(wildcard tests/test_yolo_*.py tests/test_checkpoint*.py) tests/test_models.py tests/test_rep_yolo.py \
+	tests/test_training.py tests/test_branch_log.py tests/test_fuse_export.py tests/test_demo.py
+
+.versions/%: .venv/done
+	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" uv pip install -q --no-deps --target $@ ultralytics==$*
+
+versions: $(RELEASES:%=.versions/%)
+	for release in $(RELEASES); do PYTHONPATH=.versions/$$release $(BIN)/python -m pytest $(ADAPTER) || exit 1; done
+	$(BIN)/python -m pytest $(ADAPTER)
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .versions build dist *.egg-info

@@ -47,9 +47,10 @@ def fuse_and_map(model: nn.Module, *, inplace: bool = False, foreign: str = "kee
     _refuse_unready(model)
     if foreign == "refuse":
         _refuse_foreign(model)
-    folded = {path: _fold(part, path) for path, part in _parts(model)}
+    parts = _parts(model)
+    folded = {path: _fold(part, path) for path, part in parts}
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copied(model, [module for _, part in parts for _, module in part])
     places: dict[str, str] = {}
     for path, layer, _ in multi_branch(model):
         places[path] = path if type(seen_as(layer)) is Parallel else f"{path}.0" if path else "0"
@@ -58,6 +59,22 @@ def fuse_and_map(model: nn.Module, *, inplace: bool = False, foreign: str = "kee
     if left:
         raise FoldError(f"multi-branch layers are left after fusing: {', '.join(left[:5])}")
     return model.eval(), places
+
+
+def _copied(model: nn.Module, merged: list[nn.Module]) -> nn.Module:
+    """A copy of the model without the numbers of what is replaced next: these are half of its memory."""
+    dropped = {module for part in merged for module in part.modules()}
+    kept = {id(t) for m in model.modules() if m not in dropped for t in _own(m)}
+    memo: dict[int, object] = {}
+    for module in dropped:
+        for tensor in _own(module):
+            if id(tensor) not in kept:
+                memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)
+
+
+def _own(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _parts(module: nn.Module, path: str = "") -> list[tuple[str, list[tuple[str, nn.Module]]]]:

@@ -72,8 +72,9 @@ def _series(module: nn.Sequential, channels: int | None) -> AffineConv:
 
 
 def _parallel(module: Parallel, channels: int | None) -> AffineConv:
-    values = _branches(module, channels)
-    return sum(values[1:], start=values[0])
+    # the smallest first: what is embedded in a large kernel is then the sum of all small ones, once
+    first, *others = sorted(_branches(module, channels), key=lambda value: value.kernel_size)
+    return sum(others, start=first)
 
 
 def _branches(module: Parallel, channels: int | None) -> list[AffineConv]:
@@ -200,7 +201,8 @@ def _first_number(module: nn.Module) -> Tensor | None:
 def _check_numbers(module: nn.Module) -> None:
     """NaN and inf would spread silently into every deployed kernel."""
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # the sum is finite only if all values are, and needs no memory of its own; it may overflow, so it does not decide
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise FoldError(
                 f"{bad} of {tensor.numel()} values are NaN or inf; the training has diverged, or weights over 65504 "

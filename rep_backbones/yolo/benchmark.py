@@ -1,0 +1,199 @@
+"""Speed, memory and error, measured side by side: each pair in turn, in processes of their own, median and spread.
+
+python tools/benchmark.py --out docs/benchmarks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rep_backbones.blocks import RepVGGBlock
+from rep_backbones.export.files import TargetError, replacing, writable_folder
+from rep_backbones.export.report import versions
+from rep_backbones.fuse import fuse
+
+# Ding et al., "RepVGG", CVPR 2021, table 2: RepVGG-B3 has layers 1, 4, 6, 16, 1, widths 64 x [1, 3, 6, 12] and 512 x 5
+B3 = ((64, 1), (192, 4), (384, 6), (768, 16), (2560, 1))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def repvgg_b3(seed: int = 0) -> nn.Module:
+    """The trunk of RepVGG-B3 with random statistics in its norms, in eval mode; 120,524,288 parameters with branches."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    c1 = 3
+    for c2, blocks in B3:
+        for index in range(blocks):
+            layers.append(RepVGGBlock(c1, c2, s=1 if index else 2))
+            c1 = c2
+    model = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)  # type: ignore[operator, union-attr]
+                module.running_var.uniform_(0.3, 1.3)  # type: ignore[operator, union-attr]
+                module.weight.normal_(0.8, 0.3)
+                module.bias.normal_(0, 0.3)
+    return model
+
+
+# ---- what runs in a process of its own; each prints one JSON object -------------------------------------------------------
+
+
+def job_fuse() -> dict[str, float]:
+    """Seconds of fuse(), and its peak of memory over what the process had, in multiples of the model's own."""
+    model = repvgg_b3()
+    size = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    fuse(RepVGGBlock(8, 8).eval())  # what is imported at first use
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    fused = fuse(model)
+    seconds = time.perf_counter() - start
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 28
+    return {"fuse RepVGG-B3, seconds": seconds, "memory added at its peak, in sizes of the model": peak / size}
+
+
+def job_error() -> dict[str, float]:
+    """The largest errors of the fused and of the unfused model in float32, against the unfused one in float64."""
+    model = repvgg_b3()[:20].eval()  # type: ignore[index]
+    fused = fuse(model)
+    x = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        ours, theirs = fused(x).double(), model(x).double()
+        exact = model.double()(x.double())
+    span = float(exact.max() - exact.min())
+    return {
+        "fused in float32, fraction of the range": float((ours - exact).abs().max()) / span,
+        "unfused in float32, fraction of the range": float((theirs - exact).abs().max()) / span,
+    }
+
+
+JOBS: dict[str, Callable[[], dict[str, float]]] = {"fuse": job_fuse, "error": job_error}
+
+
+# ---- the tables -----------------------------------------------------------------------------------------------------------
+
+
+def measured(repeats: int) -> list[tuple[str, list[float], str]]:
+    """Rows of the table: what, the values, and what the project promises of it."""
+    rows: dict[str, list[float]] = {}
+    promises = {
+        "fuse RepVGG-B3, seconds": "under 5",
+        "memory added at its peak, in sizes of the model": "under 2.5",
+        "fused in float32, fraction of the range": "at most 1e-6, or twice the unfused one's",
+    }
+    for _ in range(repeats):
+        for job in JOBS:
+            for name, value in json.loads(_python("-m", "rep_backbones.yolo.benchmark", "--job", job)).items():
+                rows.setdefault(name, []).append(value)
+    with tempfile.TemporaryDirectory() as folder:
+        for pairs, promise in ((_imports(), "at most 0.3 s more"), (_exports(Path(folder)), "at most 1.5 times")):
+            for _ in range(repeats):
+                for title, command in pairs:  # in turn, so that a slow moment of the machine meets both
+                    start = time.perf_counter()
+                    _python(*command)
+                    rows.setdefault(title, []).append(time.perf_counter() - start)
+            promises[pairs[-1][0]] = promise
+    return [(name, values, promises.get(name, "")) for name, values in rows.items()]
+
+
+def _imports() -> list[tuple[str, list[str]]]:
+    return [
+        ("from ultralytics import YOLO, seconds", ["-c", "from ultralytics import YOLO"]),
+        ("the same and import rep_backbones, seconds", ["-c", "from ultralytics import YOLO; import rep_backbones"]),
+    ]
+
+
+def _exports(folder: Path) -> list[tuple[str, list[str]]]:
+    make = "import rep_backbones; from ultralytics import YOLO; YOLO('efficientrep-s.yaml').save(r'{}')"
+    _python("-c", make.format(folder / "best.pt"))
+    _python(str(ROOT / "tools" / "fuse_export.py"), str(folder / "best.pt"))
+    stock = f"from ultralytics import YOLO; YOLO(r'{folder / 'best_deploy.pt'}').export(format='onnx')"
+    return [
+        ("stock export of efficientrep-s_deploy.pt to ONNX at 640 px, seconds", ["-c", stock]),
+        (
+            "tools/fuse_export.py of efficientrep-s.pt, proofs included, seconds",
+            [str(ROOT / "tools" / "fuse_export.py"), str(folder / "best.pt")],
+        ),
+    ]
+
+
+def _python(*arguments: str) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"python {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def table(rows: list[tuple[str, list[float], str]]) -> str:
+    """The rows as a Markdown table with median and spread."""
+    lines = ["| measured | median | smallest to largest | runs | promised |", "|---|---|---|---|---|"]
+    for name, values, promise in rows:
+        spread = f"{_short(min(values))} to {_short(max(values))}"
+        lines.append(f"| {name} | {_short(statistics.median(values))} | {spread} | {len(values)} | {promise} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(value: float) -> str:
+    return f"{value:.1e}" if value < 1e-3 else f"{value:.2f}"
+
+
+def device() -> str:
+    """The machine, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, and write it to `<out>/<device>.md` if asked to; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder to write the table to (default: print it only)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each (default: 5)")
+    parser.add_argument("--job", choices=sorted(JOBS), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.job:
+        print(json.dumps(JOBS[options.job]()))
+        return 0
+    try:
+        folder = writable_folder(options.out) if options.out else None
+        text = table(measured(max(options.repeats, 1)))
+        if folder:
+            about: Any = ", ".join(f"{name} {version}" for name, version in versions().items())
+            file = folder / (device().lower().replace(",", "").replace(" ", "-") + ".md")
+            with replacing(file) as temporary:
+                temporary.write_text(f"# {device()}\n\nWritten by `tools/benchmark.py` with {about}.\n\n{text}")
+    except KeyboardInterrupt:
+        print("benchmark: interrupted", file=sys.stderr)
+        return 130
+    except TargetError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

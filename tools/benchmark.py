@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Measure speed, memory and error, side by side: `python tools/benchmark.py`; see --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, whatever else is installed
+
+from rep_backbones.yolo.benchmark import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -54,7 +54,8 @@ def _average_pool(module: nn.AvgPool2d, channels: int | None) -> AffineConv:
         raise AlgebraError(
             "average pooling is a convolution only with count_include_pad=True, ceil_mode=False and no divisor_override"
         )
-    return affine.average_pool(_known(module, channels), pair(module.kernel_size), pair(module.stride), padding)
+    exact = torch.empty(0, dtype=torch.float64)  # 1 / 9 in the neighbours' type would be rounded before it is folded
+    return affine.average_pool(_known(module, channels), pair(module.kernel_size), pair(module.stride), padding, exact)
 
 
 def _series(module: nn.Sequential, channels: int | None) -> AffineConv:

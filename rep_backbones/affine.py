@@ -253,8 +253,8 @@ class AffineConv:
                 "convolution at the border. "
                 "Pad with the bias instead (containers.PaddedBatchNorm2d), or put the padding in front of the first"
             )
-        if b.per_channel:
-            value = a.scaled(b.weight.reshape(-1))
+        if replace(b, padding=(0, 0)).per_channel:
+            value = replace(a.scaled(b.weight.reshape(-1)), padding=_added(a.padding, _times(a.stride, b.padding)))
             return value if b.bias is None else value.shifted(b.bias)
         if replace(a, stride=(1, 1)).per_channel:
             value = _after_scale(a, b)
@@ -324,12 +324,16 @@ def _composed(a: AffineConv, b: AffineConv) -> AffineConv:
         for t in range(wb):
             product = (left[..., s, t] @ flat).reshape(g, c2, -1, ha, wa)
             weight = weight + nn.functional.pad(product, (t, wb - 1 - t, s, hb - 1 - s))
-    padding = tuple(pa + sa * pb for pa, sa, pb in zip(a.padding, a.stride, b.padding))
+    padding = _added(a.padding, _times(a.stride, b.padding))
     bias = b.bias
     if a.bias is not None:
         carried = _response_to(a.bias, b)
         bias = carried if bias is None else bias + carried
     return AffineConv(weight.flatten(0, 1), bias, _times(a.stride, b.stride), padding, dilation, g)  # type: ignore[arg-type]
+
+
+def _added(a: Pair, b: Pair) -> Pair:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _times(a: Pair, b: Pair) -> Pair:

@@ -178,6 +178,31 @@ def test_what_is_not_finite_is_never_the_same(value: float) -> None:
     assert not verify(Two(value).eval(), Two(value).eval(), X)
 
 
+class Ill(nn.Module):
+    """Large terms that cancel: float32 rounds more than 1e-5 of the range, as in a model that has barely been trained."""
+
+    def __init__(self, wrong: float = 0.0, turned: bool = False) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+        self.turned = turned
+        with torch.no_grad():
+            for conv, weight, bias in ((self.one, 0.1, 3000.3), (self.two, 0.3 + wrong, -3000.7)):
+                conv.weight.fill_(weight)
+                conv.bias.fill_(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (
+            self.two(x) + self.one(x)
+            if not self.turned
+            else (self.one.weight + self.two.weight) * x + (self.one.bias + self.two.bias)
+        )
+
+
+def test_rounding_of_the_reference_itself_is_no_error() -> None:
+    assert verify(Ill().eval(), Ill(turned=True).eval(), X)
+    assert not verify(Ill().eval(), Ill(1e-3, turned=True).eval(), X)
+
+
 def test_a_resolution_is_not_counted() -> None:
     assert verify(Two().eval(), Two(1e-6).eval(), X, resolution=1.001e-6)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from ultralytics import YOLO
 
 from rep_backbones.blocks import RepVGGBlock
 from rep_backbones.export.files import TargetError, replacing, writable_folder
@@ -41,7 +42,11 @@ def repvgg_b3(seed: int = 0) -> nn.Module:
         for index in range(blocks):
             layers.append(RepVGGBlock(c1, c2, s=1 if index else 2))
             c1 = c2
-    model = nn.Sequential(*layers).eval()
+    return shuffled(nn.Sequential(*layers).eval())
+
+
+def shuffled(model: nn.Module) -> nn.Module:
+    """Gives every norm random statistics, as a trained model has them; changes and returns `model`."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -121,8 +126,9 @@ def _imports() -> list[tuple[str, list[str]]]:
 
 
 def _exports(folder: Path) -> list[tuple[str, list[str]]]:
-    make = "import rep_backbones; from ultralytics import YOLO; YOLO('efficientrep-s.yaml').save(r'{}')"
-    _python("-c", make.format(folder / "best.pt"))
+    model = YOLO("efficientrep-s.yaml")
+    shuffled(model.model)  # type: ignore[arg-type]
+    model.save(folder / "best.pt")
     _python(str(ROOT / "tools" / "fuse_export.py"), str(folder / "best.pt"))
     stock = f"from ultralytics import YOLO; YOLO(r'{folder / 'best_deploy.pt'}').export(format='onnx')"
     return [

@@ -156,7 +156,7 @@ def _fused(
         report.notes.append(f"{loaded.path.name} has no multi-branch layers: it is exported as it is")
     report.counts["before"] = counts(model, batch)
     try:
-        report.layers = layer_proofs(model, batch)
+        report.layers = layer_proofs(model, batch[:1])
         about = {"date": loaded.date, "version": loaded.version, "train_args": loaded.args}
         save_deploy(model, target, checkpoint={key: value for key, value in about.items() if value is not None})
     except FoldError as error:

@@ -32,6 +32,8 @@ FP32, FP16, ENGINE = 1e-5, 2e-2, 1e-2  # of an output's range; an engine compute
 
 NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults, in the graph with --nms
 
+OPSET = 18  # what Ultralytics 8.4 chooses; 8.3 chooses one that today's exporter of PyTorch has not
+
 
 @dataclass(frozen=True)
 class Job:
@@ -154,6 +156,7 @@ class ExportFailed(Exception):
 def _exported(job: Job, name: str) -> Path:
     wanted = job.settings
     options: dict[str, Any] = {"format": name, "imgsz": list(job.size), "batch": wanted.batch, "dynamic": wanted.dynamic}
+    options["opset"] = OPSET
     if wanted.half:
         options |= {"quantize": 16} if "quantize" in DEFAULT_CFG_DICT else {"half": True}
     if wanted.nms:

@@ -110,9 +110,10 @@ def _fold(modules: list[tuple[str, nn.Module]], path: str) -> nn.Conv2d:
     except FoldError as error:
         raise error.below(_join(path, name if len(modules) == 1 else "")) from error
     like = next((p for _, m in modules for p in m.parameters()), torch.empty(0))
-    if not torch.isfinite(value.weight.to(like.dtype)).all():
+    value = value.to(like.dtype)
+    if not value.weight.sum(dtype=torch.float64).isfinite():
         raise FoldError(f"the merged kernel does not fit into {like.dtype}; fuse in float32: model.float()", path)
-    return value.to(like.dtype).to_conv().to(like.device).requires_grad_(like.requires_grad)
+    return value.to_conv().to(like.device).requires_grad_(like.requires_grad)
 
 
 def _replaced(module: nn.Module, path: str, folded: dict[str, nn.Conv2d]) -> nn.Module:

@@ -101,7 +101,7 @@ def verify(
     if not batches:
         raise ValueError("verify needs at least one batch, got none")
     report = _compare(reference, candidate, batches, tolerance, resolution)
-    fp32 = all(b.dtype == torch.float32 for b in batches if isinstance(b, Tensor))
+    fp32 = all(isinstance(b, Tensor) and b.dtype == torch.float32 for b in batches)
     limit = TOLERANCE[torch.float32] if tolerance is None else tolerance
     modules = isinstance(reference, nn.Module) and isinstance(candidate, nn.Module)
     if report.error <= limit or not (fp32 and modules and report.error < HOPELESS):

@@ -32,6 +32,9 @@ from rep_backbones.yolo.proof import Outputs, layer_proofs
 from rep_backbones.yolo.switches import no_installs, quiet
 
 PROVED, BAD_INPUT, UNPROVED, MISSING = 0, 2, 3, 4
+# Largest side, in pixels, of the pictures on which the fused model is compared: whether two kernels are equal does not
+# depend on it. The artefact is compared at its own size.
+FUSE_SIDE = 320
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def run(
         stack.enter_context(no_installs())
         stack.enter_context(quiet(not verbose))
         try:
-            deployed = _fused(loaded, work / f"{stem}.pt", batch, report, tell)
+            deployed = _fused(loaded, work / f"{stem}.pt", batch, settings.pictures, report, tell)
             outcome.artifacts["pt"] = _keep(work / f"{stem}.pt", target, report, "pt", tell)
             job = artifacts.Job(outcome.artifacts["pt"], work / f"{stem}.pt", deployed, batch, settings, size)
             for name in formats:
@@ -147,7 +150,12 @@ def image_size(given: int | Sequence[int] | None, loaded: checkpoint.Checkpoint)
 
 
 def _fused(
-    loaded: checkpoint.Checkpoint, target: Path, batch: Tensor, report: Report, tell: Callable[[str], object]
+    loaded: checkpoint.Checkpoint,
+    target: Path,
+    batch: Tensor,
+    paths: Sequence[Path],
+    report: Report,
+    tell: Callable[[str], object],
 ) -> nn.Module:
     """The deploy model as written to `target` and read back, proved against the trained one."""
     model = loaded.model
@@ -155,15 +163,19 @@ def _fused(
     if not layers:
         report.notes.append(f"{loaded.path.name} has no multi-branch layers: it is exported as it is")
     report.counts["before"] = counts(model, batch)
+    stride = int(loaded.stride.max())
+    small = max(FUSE_SIDE // stride, 1) * stride
+    side = (min(batch.shape[2], small), min(batch.shape[3], small))
+    shown = pictures(side, batch.shape[1], paths)
     try:
-        report.layers = layer_proofs(model, batch[:1])
+        report.layers = layer_proofs(model, shown[:1])
         about = {"date": loaded.date, "version": loaded.version, "train_args": loaded.args}
         save_deploy(model, target, checkpoint={key: value for key, value in about.items() if value is not None})
     except FoldError as error:
         raise Refused(f"{loaded.path} cannot be fused: {error}", "nothing was written") from error
     deployed = checkpoint.load(target, trust=True).model  # this very run wrote it
     report.counts["after"] = after = counts(deployed, batch)
-    compared = verify(Outputs(model), Outputs(deployed), batch.split(1))
+    compared = verify(Outputs(model), Outputs(deployed), shown.split(1))
     report.proofs["fuse"] = proof(compared)
     bad = [layer for layer in report.layers if not layer.ok]
     worst = max((layer.error for layer in report.layers), default=0.0)

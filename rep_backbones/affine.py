@@ -11,6 +11,7 @@ the border. The transforms are those of Ding et al., "Diverse Branch Block", CVP
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -228,8 +229,12 @@ class AffineConv:
         weight = a.weight + b.weight
         return replace(a, weight=weight) if b.bias is None else replace(a, weight=weight).shifted(b.bias)
 
-    def then(self, other: AffineConv) -> AffineConv:
+    def then(self, other: AffineConv, *, regroup: bool = False) -> AffineConv:
         """This map followed by `other` (transform III).
+
+        Args:
+            regroup: where the numbers of groups differ, write the result with their greatest common divisor instead of
+                refusing: depthwise behind dense is dense.
 
         Zero padding between two convolutions is not a convolution at the border, so `other` must not pad; or, where it does,
         this map must be pointwise on that axis and without a bias that the padding would have to be filled with.
@@ -266,9 +271,13 @@ class AffineConv:
                 dilation=pair(tuple(d if k > 1 else 1 for d, k in zip(dilation, b.kernel_size))),
             )
         if a.groups != b.groups:
-            raise AlgebraError(
-                f"in series, {a.groups} groups meet {b.groups}; write both with the same number (`regrouped`, `dense`)"
-            )
+            if not regroup:
+                raise AlgebraError(
+                    f"in series, {a.groups} groups meet {b.groups}; write both with the same number (`regrouped`, `dense`)"
+                )
+            common = gcd(a.groups, b.groups)
+            if common != min(a.groups, b.groups):
+                a, b = a.regrouped(common), b.regrouped(common)
         return _composed(a, b)
 
 
@@ -303,7 +312,10 @@ def _response_to(constant: Tensor, b: AffineConv) -> Tensor:
 
 
 def _composed(a: AffineConv, b: AffineConv) -> AffineConv:
-    """`a` then `b` where `b`'s padding is known to be exact: the kernels are convolved, group by group."""
+    """`a` then `b` where `b`'s padding is known to be exact: the kernels are convolved, group by group.
+
+    Of the two numbers of groups one divides the other; the result has the smaller one.
+    """
     if all(k == 1 or j == 1 for j, k in zip(a.kernel_size, b.kernel_size)):
         dilation = tuple(
             da if kb == 1 else sa * db for da, sa, db, kb in zip(a.dilation, a.stride, b.dilation, b.kernel_size)
@@ -312,10 +324,12 @@ def _composed(a: AffineConv, b: AffineConv) -> AffineConv:
     else:
         dilation = (1, 1)
         first, second = a.undilated().weight, replace(b, dilation=_times(a.stride, b.dilation)).undilated().weight
-    g, c2, cm = a.groups, b.out_channels // a.groups, a.out_channels // a.groups
+    g, coarse = max(a.groups, b.groups), min(a.groups, b.groups)
+    cm, merged = a.out_channels // g, g // b.groups  # middle channels of a fine group; fine groups in each of b's
     (ha, wa), (hb, wb) = first.shape[2:], second.shape[2:]
-    left = second.reshape(g, c2, cm, hb, wb)
+    left = second.reshape(b.groups, -1, merged, cm, hb, wb).transpose(1, 2).reshape(g, -1, cm, hb, wb)
     right = first.reshape(g, cm, -1, ha, wa)
+    c2 = left.shape[1]
     # Output tap u = s + t: a full convolution of the two kernels, written as a product over the middle channels for each
     # tap of b.
     weight = first.new_zeros(g, c2, right.shape[2], ha + hb - 1, wa + wb - 1)
@@ -329,7 +343,10 @@ def _composed(a: AffineConv, b: AffineConv) -> AffineConv:
     if a.bias is not None:
         carried = _response_to(a.bias, b)
         bias = carried if bias is None else bias + carried
-    return AffineConv(weight.flatten(0, 1), bias, _times(a.stride, b.stride), padding, dilation, g)  # type: ignore[arg-type]
+    # (g, c2, ci) -> (coarse, c2, merged * ci): b's columns run over all fine groups that it joins
+    weight = weight.reshape(b.groups, merged, c2, *weight.shape[2:]).transpose(1, 2)
+    weight = weight.reshape(b.out_channels, -1, *weight.shape[-2:])
+    return AffineConv(weight, bias, _times(a.stride, b.stride), padding, dilation, coarse)  # type: ignore[arg-type]
 
 
 def _added(a: Pair, b: Pair) -> Pair:

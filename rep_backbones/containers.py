@@ -104,6 +104,36 @@ class PoolPyramid(nn.Module):
         return torch.cat(levels, 1)
 
 
+class Split(nn.Module):
+    """`body` on the first half of the channels, beside the other half as it is: `cat(body(a), b)` (CSPNet, fig. 2)."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, 1)
+        return torch.cat([self.body(first), second], 1)
+
+
+class Filter(nn.Module):
+    """A fixed depthwise filter, `kernel`: `(c, 1, kh, kw)`, a buffer; zero padding."""
+
+    kernel: Tensor
+
+    def __init__(self, kernel: Tensor, padding: int | tuple[int, int] = 0) -> None:
+        super().__init__()
+        self.register_buffer("kernel", kernel)
+        self.padding = pair(padding)
+
+    @property
+    def channels(self) -> int:
+        return self.kernel.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.kernel, padding=self.padding, groups=self.channels)
+
+
 class Scale(nn.Module):
     """A learned factor on `channels` channels: one for all, or one each (`alpha`: `(1,)` or `(channels,)`)."""
 
@@ -123,12 +153,13 @@ class Subsample(nn.Module):
     backward of a strided 1x1 convolution with few channels_last channels on the CPU.
     """
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, stride: int | tuple[int, int]) -> None:
         super().__init__()
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[:, :, :: self.stride, :: self.stride]
+        sh, sw = pair(self.stride)
+        return x[:, :, ::sh, ::sw]
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}"

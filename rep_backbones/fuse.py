@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rep_backbones.containers import Block, Parallel
-from rep_backbones.rules import RULES, FoldError, in_float64, is_series, multi_branch, seen_as
+from rep_backbones.containers import Block
+from rep_backbones.rules import RULES, FoldError, in_float64, is_series, merges, multi_branch, seen_as
 
 Foreign = Literal["keep", "refuse"]
 # What Ultralytics writes on each row of a model; the fused layer takes its place in the graph.
@@ -53,7 +53,7 @@ def fuse_and_map(model: nn.Module, *, inplace: bool = False, foreign: str = "kee
         model = _copied(model, [module for _, part in parts for _, module in part])
     places: dict[str, str] = {}
     for path, layer, _ in multi_branch(model):
-        places[path] = path if type(seen_as(layer)) is Parallel else f"{path}.0" if path else "0"
+        places[path] = _join(path, "0") if isinstance(seen_as(layer), Block) else path
     model = _replaced(model, "", folded)
     left = [path for path, _, _ in multi_branch(model)]
     if left:
@@ -80,7 +80,7 @@ def _own(module: nn.Module) -> list[torch.Tensor]:
 def _parts(module: nn.Module, path: str = "") -> list[tuple[str, list[tuple[str, nn.Module]]]]:
     """What folds to one convolution each: its path, and the modules in series that it is made of."""
     seen = seen_as(module)
-    if type(seen) is Parallel:
+    if merges(seen):
         return [(path, [("", seen)])]
     if isinstance(seen, Block) and is_series(seen):
         tails = [part for name, tail in list(seen.named_children())[1:] for part in _parts(tail, _join(path, name))]
@@ -92,7 +92,7 @@ def _parts(module: nn.Module, path: str = "") -> list[tuple[str, list[tuple[str,
             is_series(seen)
             and type(child) is nn.BatchNorm2d
             and index
-            and type(children[index - 1][1]) in (nn.Conv2d, Parallel)
+            and (type(children[index - 1][1]) is nn.Conv2d or merges(children[index - 1][1]))
         ):
             previous, before = children[index - 1]
             parts = [p for p in parts if p[0] != _join(path, previous)]

@@ -9,6 +9,7 @@ by `rules.VIEWS[TheirLayer] = view`, where `view(layer)` returns a Block or Sequ
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from rep_backbones import affine
 from rep_backbones.affine import AffineConv, AlgebraError, pair
-from rep_backbones.containers import Block, PaddedBatchNorm2d, Parallel, Scale, Subsample
+from rep_backbones.containers import Block, Concat, Filter, PaddedBatchNorm2d, Parallel, Scale, Subsample
 
 Rule = Callable[[Any, int | None], AffineConv]
 
@@ -61,12 +62,14 @@ def _average_pool(module: nn.AvgPool2d, channels: int | None) -> AffineConv:
 def _series(module: nn.Sequential, channels: int | None) -> AffineConv:
     children = list(module.named_children())
     values = _values(children, channels, in_series=True)
-    if not values:
-        return affine.identity(_known(module, channels))
+    return _chained([name for name, _ in children], values) if values else affine.identity(_known(module, channels))
+
+
+def _chained(names: list[str], values: list[AffineConv]) -> AffineConv:
     total = values[0]
-    for (name, _), value in zip(children[1:], values[1:]):
+    for name, value in zip(names[1:], values[1:]):
         try:
-            total = total.then(value)
+            total = total.then(value, regroup=True)
         except AlgebraError as error:
             raise FoldError(str(error), name) from error
     return total
@@ -81,8 +84,24 @@ def _parallel(module: Parallel, channels: int | None) -> AffineConv:
 def _branches(module: Parallel, channels: int | None) -> list[AffineConv]:
     """The branches' values; depthwise ones are written into the groups of the others."""
     values = _values(list(module.items()), channels, in_series=False)
-    groups = min(v.groups for v in values)
+    groups = math.gcd(*(v.groups for v in values))
     return [v.regrouped(groups) for v in values]
+
+
+def _concat(module: Concat, channels: int | None) -> AffineConv:
+    return affine.concat(_parts_of_concat(module, channels))
+
+
+def _parts_of_concat(module: Concat, channels: int | None) -> list[AffineConv]:
+    parts = [(f"parts.{name}", part) for name, part in module.parts.named_children()]
+    return [v.dense() for v in _values(parts, channels, in_series=False)]
+
+
+def _zero_pad(module: nn.ZeroPad2d, channels: int | None) -> AffineConv:
+    left, right, top, bottom = module.padding
+    if left != right or top != bottom:
+        raise AlgebraError(f"padding {module.padding} differs between opposite sides, which no convolution does")
+    return replace(affine.identity(_known(module, channels)), padding=(top, left))  # a negative one crops
 
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -96,9 +115,15 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.Dropout2d: lambda m, c: affine.identity(_known(m, c)),
     Subsample: lambda m, c: affine.subsample(_known(m, c), pair(m.stride)),
     nn.AvgPool2d: _average_pool,
+    nn.ZeroPad2d: _zero_pad,
+    Filter: lambda m, c: AffineConv(m.kernel, None, padding=m.padding, groups=m.channels),
     nn.Sequential: _series,
     Parallel: _parallel,
+    Concat: _concat,
 }
+
+# what becomes one convolution where it stands, without a Block around it
+MERGED: set[type[nn.Module]] = {Parallel, Concat}
 
 VIEWS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 
@@ -111,8 +136,7 @@ def equivalent(module: nn.Module, channels: int | None = None) -> AffineConv:
         channels: the number of input channels, for modules that do not know it.
 
     Raises:
-        FoldError: for a type without a rule, NaN or inf, or a composition without an exact value; with the path of the
-            culprit.
+        FoldError: for a type without a rule, or a composition without an exact value; with the path of the culprit.
     """
     rule = RULES.get(type(module))
     if rule is None:
@@ -121,7 +145,6 @@ def equivalent(module: nn.Module, channels: int | None = None) -> AffineConv:
             f"{kind.__module__}.{kind.__qualname__} has no rule (types match exactly). Register one: "
             f"rep_backbones.rules.RULES[{kind.__name__}] = rule, where rule(module, channels) returns an AffineConv"
         )
-    _check_numbers(module)
     try:
         return rule(module, channels)
     except AlgebraError as error:
@@ -135,27 +158,52 @@ def equivalent_conv(module: nn.Module) -> AffineConv:
         The value: weight `(c2, c1 / g, kh, kw)` and bias `(c2,)` in float64, on the CPU.
 
     Raises:
-        FoldError: as `equivalent`.
+        FoldError: as `equivalent`, and for NaN or inf.
     """
     seen = seen_as(module)
     return in_float64(seen.affine_part if isinstance(seen, Block) else seen)
 
 
 def in_float64(module: nn.Module) -> AffineConv:
-    """`equivalent` of a module of any dtype and device, computed in float64 on the CPU, without a graph."""
+    """`equivalent` of a module of any dtype and device, computed in float64 on the CPU, without a graph.
+
+    Raises:
+        FoldError: as `equivalent`, and for NaN or inf.
+    """
+    _check_numbers(module)
     with torch.no_grad():
         return equivalent(_double(module)).to(torch.float64)
 
 
-def branch_values(parallel: Parallel) -> dict[str, AffineConv]:
-    """Each branch's own share of the sum, by name, in float64, all with the sum's kernel size, padding and groups.
+def branch_values(part: nn.Module) -> dict[str, AffineConv]:
+    """Each branch's own share of a merged kernel, by name, in float64: their weights add up to the kernel's.
+
+    Args:
+        part: a Parallel or Concat, or a series or wrapper that holds one, whose other layers act on each branch.
 
     Raises:
-        FoldError: as `equivalent`.
+        FoldError: as `equivalent`, and for NaN or inf.
     """
+    _check_numbers(part)
     with torch.no_grad():
-        names = [name for name, _ in parallel.items()]
-        return dict(zip(names, affine.align(_branches(_double(parallel), None))))  # type: ignore[arg-type]
+        return _shares(_double(part), None)
+
+
+def _shares(module: nn.Module, channels: int | None) -> dict[str, AffineConv]:
+    if type(module) is Parallel:
+        names = [name for name, _ in module.items()]
+        return dict(zip(names, affine.align(_branches(module, channels))))
+    if type(module) is Concat:
+        parts = _parts_of_concat(module, channels)
+        none = torch.zeros(1, dtype=torch.float64)
+        only = [[v if i == j else v.scaled(none) for j, v in enumerate(parts)] for i in range(len(parts))]
+        return {str(i): affine.concat(values) for i, values in enumerate(only)}
+    children = list(module.named_children())
+    index = next(i for i, (_, child) in enumerate(children) if _has_branches(child))
+    names = [name for name, _ in children]
+    values = _values(children, channels, in_series=True)
+    shares = _shares(children[index][1], values[index].in_channels)
+    return {name: _chained(names, [*values[:index], v, *values[index + 1 :]]) for name, v in shares.items()}
 
 
 def _double(module: nn.Module) -> nn.Module:
@@ -201,7 +249,7 @@ def _first_number(module: nn.Module) -> Tensor | None:
 
 def _check_numbers(module: nn.Module) -> None:
     """NaN and inf would spread silently into every deployed kernel."""
-    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         # the sum is finite only if all values are, and needs no memory of its own; it may overflow, so it does not decide
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
@@ -230,16 +278,35 @@ def is_series(module: nn.Module) -> bool:
     return not any({"i", "f"} <= vars(child).keys() for child in module.children())
 
 
-def multi_branch(model: nn.Module) -> list[tuple[str, nn.Module, Parallel]]:
-    """Every multi-branch layer of a model: dotted path, the layer (a Block, a viewed layer or a Parallel), its Parallel."""
+def merges(module: nn.Module) -> bool:
+    """Whether a module, as `seen_as` shows it, becomes one convolution where it stands: branches without a Block."""
+    return type(module) in MERGED and (type(module) is not Concat or _is_affine(module))
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether each layer within has a rule, so that one without was not meant to stand in front of a sum."""
+    children = [child for child in module.children() if not isinstance(child, nn.ModuleList)]
+    children += [child for held in module.children() if isinstance(held, nn.ModuleList) for child in held]
+    return type(module) in RULES and all(map(_is_affine, children))
+
+
+def _has_branches(module: nn.Module) -> bool:
+    return any(type(part) in MERGED for part in module.modules())
+
+
+def multi_branch(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+    """Every multi-branch layer of a model: dotted path, the layer (a Block, a viewed one, a Parallel), its affine part."""
     return list(_multi_branch("", model))
 
 
-def _multi_branch(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, Parallel]]:
+def _multi_branch(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     seen = seen_as(module)
-    part = seen.affine_part if isinstance(seen, Block) else seen
-    if type(part) is Parallel:
-        yield path, module, part
+    if merges(seen):
+        yield path, module, seen
         return
-    for name, child in seen.named_children():
+    children = list(seen.named_children())
+    if isinstance(seen, Block) and _has_branches(seen.affine_part):
+        yield path, module, seen.affine_part
+        children = children[1:]
+    for name, child in children:
         yield from _multi_branch(f"{path}.{name}" if path else name, child)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rep_backbones"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each room, and those that it may import; a later one may import all before it
-ARROWS = ("affine", "containers", "rules", "registry", "blocks", "fuse verify", "export", "yolo")
+ARROWS = ("affine", "containers", "rules", "online", "registry", "blocks", "fuse verify expand", "export", "yolo")
 ALLOWED_BACK = {  # a room -> what else it may name, and why
     "registry": {"blocks"},
     "export": {"__version__"},

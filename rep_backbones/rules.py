@@ -23,6 +23,9 @@ from rep_backbones.containers import Block, Concat, Filter, PaddedBatchNorm2d, P
 
 Rule = Callable[[Any, int | None], AffineConv]
 
+# The type of what is made from a channel count alone, until a neighbour gives its own: 1 / 9 is then rounded last.
+_EXACT = torch.empty(0, dtype=torch.float64)
+
 
 class FoldError(ValueError):
     """A layer that can't be folded: why, and what to do. `path` is its dotted path, "" for the root."""
@@ -55,14 +58,13 @@ def _average_pool(module: nn.AvgPool2d, channels: int | None) -> AffineConv:
         raise AlgebraError(
             "average pooling is a convolution only with count_include_pad=True, ceil_mode=False and no divisor_override"
         )
-    exact = torch.empty(0, dtype=torch.float64)  # 1 / 9 in the neighbours' type would be rounded before it is folded
-    return affine.average_pool(_known(module, channels), pair(module.kernel_size), pair(module.stride), padding, exact)
+    return affine.average_pool(_known(module, channels), pair(module.kernel_size), pair(module.stride), padding, _EXACT)
 
 
 def _series(module: nn.Sequential, channels: int | None) -> AffineConv:
     children = list(module.named_children())
     values = _values(children, channels, in_series=True)
-    return _chained([name for name, _ in children], values) if values else affine.identity(_known(module, channels))
+    return _chained([name for name, _ in children], values) if values else affine.identity(_known(module, channels), _EXACT)
 
 
 def _chained(names: list[str], values: list[AffineConv]) -> AffineConv:
@@ -101,7 +103,7 @@ def _zero_pad(module: nn.ZeroPad2d, channels: int | None) -> AffineConv:
     left, right, top, bottom = module.padding
     if left != right or top != bottom:
         raise AlgebraError(f"padding {module.padding} differs between opposite sides, which no convolution does")
-    return replace(affine.identity(_known(module, channels)), padding=(top, left))  # a negative one crops
+    return replace(affine.identity(_known(module, channels), _EXACT), padding=(top, left))  # a negative one crops
 
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -110,10 +112,10 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.SyncBatchNorm: lambda m, c: affine.batch_norm(m),
     PaddedBatchNorm2d: lambda m, c: replace(affine.batch_norm(m), padding=m.padding),
     Scale: lambda m, c: affine.per_channel(m.alpha.expand(m.channels)),
-    nn.Identity: lambda m, c: affine.identity(_known(m, c)),
-    nn.Dropout: lambda m, c: affine.identity(_known(m, c)),
-    nn.Dropout2d: lambda m, c: affine.identity(_known(m, c)),
-    Subsample: lambda m, c: affine.subsample(_known(m, c), pair(m.stride)),
+    nn.Identity: lambda m, c: affine.identity(_known(m, c), _EXACT),
+    nn.Dropout: lambda m, c: affine.identity(_known(m, c), _EXACT),
+    nn.Dropout2d: lambda m, c: affine.identity(_known(m, c), _EXACT),
+    Subsample: lambda m, c: affine.subsample(_known(m, c), pair(m.stride), _EXACT),
     nn.AvgPool2d: _average_pool,
     nn.ZeroPad2d: _zero_pad,
     Filter: lambda m, c: AffineConv(m.kernel, None, padding=m.padding, groups=m.channels),
@@ -187,6 +189,15 @@ def branch_values(part: nn.Module) -> dict[str, AffineConv]:
     _check_numbers(part)
     with torch.no_grad():
         return _shares(_double(part), None)
+
+
+def branch_names(part: nn.Module) -> list[str]:
+    """The names that `branch_values` gives, without folding anything."""
+    if type(part) is Parallel:
+        return [name for name, _ in part.items()]
+    if type(part) is Concat:
+        return [name for name, _ in part.parts.named_children()]
+    return branch_names(next(child for child in part.children() if _has_branches(child)))
 
 
 def _shares(module: nn.Module, channels: int | None) -> dict[str, AffineConv]:

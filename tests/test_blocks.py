@@ -18,7 +18,22 @@ from rep_backbones.rules import FoldError, branch_values, multi_branch
 
 NAMES = sorted(name for name, layer in LAYERS.items() if layer.cls.__module__.startswith("rep_backbones."))
 C1, C2 = 8, 12
-CHANGES = [("s", 2), ("g", 4), ("d", 2), ("k", 5), ("k", (1, 3)), ("se", True), ("n", 6), ("act", False)]
+CHANGES = [
+    ("s", 2),
+    ("g", 4),
+    ("d", 2),
+    ("k", 5),
+    ("k", (1, 3)),
+    ("se", True),
+    ("n", 6),
+    ("n", 1),
+    ("act", False),
+    ("p", 0),
+    ("p", 3),
+    ("g", "depthwise"),
+    ("k", 1),
+    ("k", 9),
+]
 VARIATIONS: list[dict[str, Any]] = [{}, *({key: value} for key, value in CHANGES)]
 
 
@@ -68,7 +83,8 @@ def test_fused_computes_the_same(name: str, channels: tuple[int, int], changes: 
     model = built(name, changes, *channels)
     before = copy.deepcopy(model.state_dict())
     fused = fuse(model)
-    report = verify(model, fused, pictures(channels[0]), tolerance=1e-11)
+    large = [torch.randn(1, channels[0], 35, 34).double()] if "p" in changes else pictures(channels[0])
+    report = verify(model, fused, large, tolerance=1e-11)
     assert report.ok, report
     assert multi_branch(fused) == [] and not any(isinstance(m, Block) for m in fused.modules())
     assert not any(type(m) is nn.BatchNorm2d for m in fused.modules())
@@ -140,7 +156,8 @@ def test_equivalent_conv_is_what_fuse_puts_there(name: str) -> None:
     ("arguments", "said"),
     [
         ({"k": 2}, "even kernel"),
-        ({"p": 0}, "leave p out"),
+        ({"g": 3}, "must divide c1=8 and c2=8"),
+        ({"g": "dw"}, "or 'depthwise'"),
         ({"act": "Reluu"}, "not the name of a torch.nn class"),
         ({"act": 3}, "accepted are True, False"),
     ],

@@ -11,26 +11,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from rep_backbones.affine import pair
-from rep_backbones.blocks.parts import Act, Size, activation, conv_bn, same_padding, squeeze_excite
+from rep_backbones.blocks.parts import Act, Frame, Groups, Size, activation, squeeze_excite
 from rep_backbones.containers import Block, Parallel
 from rep_backbones.registry import register_layer
 
 
-def _branches(c1: int, c2: int, k: Size, s: int, p: Size | None, g: int, d: Size, identity: bool) -> Parallel:
+def _branches(frame: Frame, identity: bool) -> Parallel:
     """KxK + 1x1 (+ identity BN where stride and channels allow it)."""
-    if any(n % 2 == 0 for n in pair(k)):
-        raise ValueError(
-            f"k={k}: a 1x1 branch can't be aligned with an even kernel; accepted are odd kernel sizes, such as 3"
-        )
-    if same_padding(k, d, p) != same_padding(k, d):
-        raise ValueError(
-            f"p={p}: parallel branches need the padding that keeps the size, {same_padding(k, d)} for k={k}, d={d}; "
-            "leave p out"
-        )
-    branches: dict[str, nn.Module] = {"kxk": conv_bn(c1, c2, k, s, p, g, d), "1x1": conv_bn(c1, c2, 1, s, 0, g)}
-    if identity and c1 == c2 and s == 1:
-        branches["identity"] = nn.BatchNorm2d(c1)
+    branches: dict[str, nn.Module] = {"kxk": frame.branch(), "1x1": frame.branch(1)}
+    if identity and frame.keeps_shape:
+        branches["identity"] = frame.identity(nn.BatchNorm2d(frame.c1))
     return Parallel(branches)
 
 
@@ -40,7 +30,7 @@ class RepVGGBlock(Block):
     `(n, c2, h / s, w / s)`.
 
     Raises:
-        ValueError: for an even `k`, or a `p` that does not keep the size.
+        ValueError: for an even `k`, or groups that do not divide the channels.
     """
 
     def __init__(
@@ -48,15 +38,15 @@ class RepVGGBlock(Block):
         c1: int,
         c2: int,
         k: Size = 3,
-        s: int = 1,
+        s: Size = 1,
         p: Size | None = None,
-        g: int = 1,
+        g: Groups = 1,
         d: Size = 1,
         act: Act = True,
         se: bool = False,
     ) -> None:
         tail: dict[str, nn.Module] = {"gate": squeeze_excite(c2)} if se else {}
-        super().__init__(_branches(c1, c2, k, s, p, g, d, identity=True), **tail, act=activation(act, nn.ReLU))
+        super().__init__(_branches(Frame.of(c1, c2, k, s, p, g, d), identity=True), **tail, act=activation(act, nn.ReLU))
 
 
 @register_layer
@@ -64,9 +54,9 @@ class RepConv(Block):
     """YOLOv7's layer with SiLU; the arguments, shapes and errors of RepVGGBlock without `se`."""
 
     def __init__(
-        self, c1: int, c2: int, k: Size = 3, s: int = 1, p: Size | None = None, g: int = 1, d: Size = 1, act: Act = True
+        self, c1: int, c2: int, k: Size = 3, s: Size = 1, p: Size | None = None, g: Groups = 1, d: Size = 1, act: Act = True
     ) -> None:
-        super().__init__(_branches(c1, c2, k, s, p, g, d, identity=True), act=activation(act, nn.SiLU))
+        super().__init__(_branches(Frame.of(c1, c2, k, s, p, g, d), identity=True), act=activation(act, nn.SiLU))
 
 
 @register_layer
@@ -74,6 +64,6 @@ class RepConvN(Block):
     """RepConv without the identity, for layers behind a residual or a concatenation."""
 
     def __init__(
-        self, c1: int, c2: int, k: Size = 3, s: int = 1, p: Size | None = None, g: int = 1, d: Size = 1, act: Act = True
+        self, c1: int, c2: int, k: Size = 3, s: Size = 1, p: Size | None = None, g: Groups = 1, d: Size = 1, act: Act = True
     ) -> None:
-        super().__init__(_branches(c1, c2, k, s, p, g, d, identity=False), act=activation(act, nn.SiLU))
+        super().__init__(_branches(Frame.of(c1, c2, k, s, p, g, d), identity=False), act=activation(act, nn.SiLU))

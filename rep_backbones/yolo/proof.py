@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rep_backbones.export.report import LayerProof
 from rep_backbones.fuse import fuse_and_map
-from rep_backbones.rules import multi_branch
+from rep_backbones.rules import branch_names, multi_branch
 from rep_backbones.verify import tensors, verify
 
 
@@ -73,7 +73,7 @@ def layer_proofs(model: nn.Module, batch: Tensor) -> list[LayerProof]:
     """
     fused, places = fuse_and_map(model)
     convs = dict(fused.named_modules())
-    layers = {path: (layer, list(dict(part.items()))) for path, layer, part in multi_branch(model)}
+    layers = {path: (layer, branch_names(part)) for path, layer, part in multi_branch(model)}
     found: dict[str, LayerProof] = {}
 
     def checked(path: str) -> Callable[..., None]:

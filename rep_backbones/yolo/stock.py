@@ -6,6 +6,7 @@ each: its parts are put in an empty shell of that class. Ultralytics' restricted
 
     Residual     RepC3             cv3(m(cv1(x)) + cv2(x))
     Concat       C3                cv3(cat(m(cv1(x)), cv2(x)))
+    Split        C2                cv2(cat(m(a), b)), a and b the halves of cv1(x)
     PoolPyramid  SPPF              cv2(cat(y, m(y), m(m(y)), m(m(m(y))))), y = cv1(x)
     Gate         ChannelAttention  x * act(fc(pool(x)))
     Scale        nn.BatchNorm2d    mean 0, variance 1, eps 0, weight alpha
@@ -19,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.nn.modules import C3, SPPF, ChannelAttention, RepC3
+from ultralytics.nn.modules import C2, C3, SPPF, ChannelAttention, RepC3
 
-from rep_backbones.containers import Concat, Gate, PoolPyramid, Residual, Scale
+from rep_backbones.containers import Concat, Gate, PoolPyramid, Residual, Scale, Split
 
 _PACKAGE = "rep_backbones"
 
@@ -71,6 +72,10 @@ def _concat(module: Any) -> nn.Module:
     return first
 
 
+def _split(module: Any) -> nn.Module:
+    return _shell(C2, cv1=nn.Identity(), m=module.body, cv2=nn.Identity())
+
+
 def _pool_pyramid(module: Any) -> nn.Module:
     shell = _shell(SPPF, cv1=nn.Identity(), cv2=nn.Identity(), m=module.pool)
     shell.n, shell.add = 3, False  # type: ignore[assignment]  # read by newer versions only
@@ -100,6 +105,7 @@ def _sequential(module: nn.Module) -> nn.Module:
 STOCK: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Residual: _residual,
     Concat: _concat,
+    Split: _split,
     PoolPyramid: _pool_pyramid,
     Gate: _gate,
     Scale: _scale,

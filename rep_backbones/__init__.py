@@ -5,9 +5,10 @@ from rep_backbones.fuse import fuse
 from rep_backbones.registry import register_layer
 from rep_backbones.rules import equivalent_conv
 from rep_backbones.verify import verify
+from rep_backbones.yolo.expanding import expand
 from rep_backbones.yolo.install import install
 
 __version__ = "0.1.0"
-__all__ = ["blocks", "equivalent_conv", "fuse", "register_layer", "verify"]
+__all__ = ["blocks", "equivalent_conv", "expand", "fuse", "register_layer", "verify"]
 
 install()  # last: the adapter needs the verbs above

@@ -3,8 +3,10 @@
     rep-yolo train model=efficientrep-n.yaml data=coco8.yaml epochs=10
     rep-yolo export model=best_deploy.pt format=onnx
 
-The grammar is that of `yolo`. One key more: `trust=True` (or `--trust`) reads checkpoints and model YAMLs without first
-checking that they run no code. Exit status: 0 done, 1 it failed, 2 bad input, 130 interrupted.
+The grammar is that of `yolo`. Two keys more: `trust=True` (or `--trust`) reads checkpoints and model YAMLs without first
+checking that they run no code; `train ... expand=DiverseBranchBlock` trains the model with branches beside its plain
+convolutions (or a mapping, `expand="{'block': 'MobileOneBlock', 'n': 2}"`). Exit status: 0 done, 1 it failed, 2 bad input,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 from ultralytics.utils import SETTINGS, YAML, downloads
 
-from rep_backbones.yolo import checkpoint, safe_yaml
+from rep_backbones.yolo import checkpoint, expand_key, safe_yaml
 from rep_backbones.yolo.switches import no_installs, replaced
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args, trust = _without_trust(sys.argv[1:] if argv is None else argv)
-        run(args, trust=trust)
+        run(expand_key.with_yaml(args, trust), trust=trust)
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)
     except SystemExit as stop:
@@ -104,7 +106,7 @@ def _check_named_files(args: Sequence[str]) -> None:
             checkpoint.check(value)
 
 
-def _local(weight: Any) -> Path:
+def local(weight: Any) -> Path:
     """The file of a checkpoint; one of Ultralytics' own, or a URL, is downloaded as upstream does it."""
     file = Path(str(weight).strip())
     if file.name in downloads.GITHUB_ASSETS_NAMES or "://" in str(weight):
@@ -125,7 +127,7 @@ def _checking_yaml(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _checking_files(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def torch_safe_load(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        file = _local(weight)
+        file = local(weight)
         if not file.exists():
             raise FileNotFoundError(
                 f"checkpoint {str(weight)!r} does not exist; give the path of a .pt file, or a model YAML to start anew"

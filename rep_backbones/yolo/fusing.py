@@ -56,10 +56,19 @@ def merge_branches(model: BaseModel) -> None:
     finally:
         for module in model.modules():  # a merged layer is new, and takes the mode of the whole
             module.training = modes.get(module, modes[model])
+    drop_merged_norms(layers)
     for name, layer in layers.named_children():
         if layer is not before[name]:
             layer.__dict__.update({key: vars(before[name])[key] for key in _PLACE})
         layer.np = sum(parameter.numel() for parameter in layer.parameters())
+
+
+def drop_merged_norms(model: nn.Module) -> None:
+    """Leave a stock Conv whose norm was merged with its branches as the stock fuse leaves it: without the norm's place."""
+    for module in model.modules():
+        if isinstance(module, Conv) and type(module._modules.get("bn")) is nn.Identity:
+            del module.bn
+            module.forward = module.forward_fuse  # type: ignore[method-assign]
 
 
 def unmerged(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from ultralytics.nn import tasks
 
 from rep_backbones.rules import multi_branch
+from rep_backbones.yolo.expanding import has_expanded, load_plain
 
 SHOWN = 5  # names in a message
 REMEDY = (
@@ -49,13 +50,20 @@ def merged_layers(model: nn.Module, weights: nn.Module) -> list[str]:
 
 
 def guarded(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`BaseModel.load` that refuses fused weights for a model with branches; models without are Ultralytics' own matter."""
+    """`BaseModel.load` that refuses fused weights for a model with branches, and loads plain ones into an expanded model."""
 
     @functools.wraps(load)
     def guarded_load(self: nn.Module, weights: Any, *args: Any, **kwargs: Any) -> Any:
         given = (weights.get("ema") or weights.get("model")) if isinstance(weights, dict) else weights
         if isinstance(given, nn.Module):
             refuse_fused(self, given)
+            if has_expanded(given) and not has_expanded(self):
+                raise ValueError(
+                    "cannot load the weights of an expanded model into a plain one: its branches would be lost. "
+                    "Fuse it first, or give the model YAML the same `expand:`"
+                )
+            if has_expanded(self) and not has_expanded(given):
+                return load_plain(load, self, weights, *args, **kwargs)
         return load(self, weights, *args, **kwargs)
 
     return guarded_load

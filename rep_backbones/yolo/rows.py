@@ -28,6 +28,7 @@ from ultralytics.nn.modules import Conv
 from ultralytics.utils import LOGGER
 
 from rep_backbones.registry import LAYERS, Layer
+from rep_backbones.yolo import expanding
 
 Config = dict[str, Any]
 Parser = Callable[..., tuple[nn.Sequential, list[int]]]
@@ -78,9 +79,11 @@ def parser(stock: Parser) -> Parser:
     def parse_model(d: Config, ch: int, verbose: bool = True) -> tuple[nn.Sequential, list[int]]:
         rows = read_rows(d)
         try:
-            if any(row.layer for row in rows):
-                return _parse(stock, d, rows, ch, verbose)
-            return stock(d, ch=ch, verbose=verbose)
+            parse = (
+                functools.partial(_parse, stock, d, rows) if any(row.layer for row in rows) else functools.partial(stock, d)
+            )
+            layers, save = parse(ch=ch, verbose=verbose)
+            return expanding.expanded_layers(layers, d, verbose), save
         except (KeyError, AttributeError) as error:
             if unknown := next((row for row in rows if not row.layer and not _is_stock(row.given[2])), None):
                 raise unknown.error(_unknown(unknown.given[2])) from error

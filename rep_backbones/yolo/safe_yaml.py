@@ -15,6 +15,7 @@ from torch import nn
 from ultralytics.nn import tasks
 
 from rep_backbones.registry import LAYERS
+from rep_backbones.yolo import expanding
 from rep_backbones.yolo.allowed import within
 from rep_backbones.yolo.plain_data import Refused, plain
 
@@ -54,6 +55,9 @@ def validated(config: Any) -> dict[str, Any]:
     _check_scales(config)
     if config.get("activation") is not None:
         check_activation(config["activation"])
+    for request in expanding.requests(config):
+        for name, value in request.items():
+            _check_expansion(name, value)
     rows = config["backbone"] + config["head"]
     if not 0 < len(rows) <= MAX_ROWS:
         raise Refused(f"the model's YAML has {len(rows)} rows; accepted are 1 to {MAX_ROWS}")
@@ -103,6 +107,18 @@ def _check_scales(config: dict[str, Any]) -> None:
             raise Refused(f"the model's YAML gives scale: {scale!r}, which is none of its scales {', '.join(scales)}")
     elif scale is not None and not isinstance(scale, str):
         raise Refused(f"the model's YAML gives scale: {scale!r}; accepted is a letter")
+
+
+def _check_expansion(name: str, value: Any) -> None:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    flat = [item for v in values for item in (v if isinstance(v, (list, tuple)) else [v])]
+    for item in flat:
+        whole = type(item) is not int or abs(item) <= MAX_REPEATS
+        if not isinstance(item, (str, int, float, bool)) or not whole or len(flat) > MAX_NUMBER:
+            raise Refused(
+                f"the model's YAML gives expand: {name}: {str(value)[:100]}; accepted are names, patterns and numbers up to "
+                f"{MAX_REPEATS}"
+            )
 
 
 def _check_row(index: int, row: Any) -> None:

@@ -90,7 +90,7 @@ def choose(
                 raise ExpandError(f"{path} {unfit}. Nothing was changed")
             continue
         if not has_norm:
-            if exact or callable(layers):
+            if exact:
                 raise ExpandError(
                     f"{path}: no batch normalization follows it directly; give batches=[...], inputs of the model to "
                     "measure the new branches' statistics on. Nothing was changed"

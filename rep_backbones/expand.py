@@ -77,8 +77,8 @@ def expand(
         model: any nn.Module, in train or eval mode, of any dtype and device.
         block: the name or class of a block whose affine part is a sum, such as "RepConv" or "DiverseBranchBlock".
         layers: which convolutions: a name or pattern such as "model.0.conv", "backbone.*" (a name of a module means all
-            below it), several of them, or a predicate `(path, conv) -> bool`. By default each that a batch normalization
-            follows, with a kernel over 1x1.
+            below it), several of them, or a predicate `(path, conv) -> bool`; of those that patterns and predicates match,
+            each that a batch normalization follows. By default all of these with a kernel over 1x1.
         kernels: kernel sizes to take, such as `3` or `[3, (1, 9)]`; by default all over 1x1.
         batches: inputs of the model, needed for convolutions that no norm follows: the new branches' statistics are
             measured on them, and the main branch is what is left of the convolution without the others. The function is
@@ -91,17 +91,16 @@ def expand(
             can't be expanded, with its path and the reason.
     """
     cls = _block_class(block)
-    if not inplace:
-        model = copy.deepcopy(model)
     batches = None if batches is None else list(batches)
     norms = norms_behind(model)
     chosen, certain = choose(plain_convs(model), norms, layers, kernels, without_norm=batches is not None)
+    if not inplace:
+        model = copy.deepcopy(model)
     plans: list[_Plan] = []
     reasons: dict[str, str] = {}
-    for path, conv in chosen.items():
-        norm = norms.get(path, "")
+    for path in chosen:
         try:
-            plans.append(_plan(model, path, conv, norm, cls, options))
+            plans.append(_plan(model, path, norms.get(path, ""), cls, options))
         except ExpandError as error:
             if path in certain:
                 raise ExpandError(f"{path}: {error}; nothing was changed") from error
@@ -158,7 +157,8 @@ def _block_class(block: str | type[nn.Module]) -> type[nn.Module]:
         raise ExpandError(str(error)) from error
 
 
-def _plan(model: nn.Module, path: str, conv: nn.Conv2d, norm_path: str, cls: type[nn.Module], options: Any) -> _Plan:
+def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], options: Any) -> _Plan:
+    conv: Any = model.get_submodule(path)
     norm: Any = model.get_submodule(norm_path) if norm_path else None
     plain_mode = conv.training
     made = _made(conv, cls, options)

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rep_backbones"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each room, and those that it may import; a later one may import all before it
-ARROWS = ("affine", "containers", "rules", "online", "registry", "blocks", "fuse verify expand", "export", "yolo")
+VERBS = "fuse verify pairs candidates expand"
+ARROWS = ("affine", "containers", "rules", "online", "registry", "blocks", VERBS, "export", "yolo")
 ALLOWED_BACK = {  # a room -> what else it may name, and why
     "registry": {"blocks"},
     "export": {"__version__"},

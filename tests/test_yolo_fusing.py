@@ -247,6 +247,7 @@ def test_each_container_has_a_stock_module_that_computes_the_same(container):
     made = {
         containers.Residual: lambda: containers.Residual(conv, containers.Scale(6)),
         containers.Concat: lambda: containers.Concat([conv, other, nn.Identity()]),
+        containers.Split: lambda: containers.Split(nn.Conv2d(3, 5, 3, padding=1)),
         containers.PoolPyramid: lambda: containers.PoolPyramid(5),
         containers.Gate: lambda: containers.Gate(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1), nn.Sigmoid())),
         containers.Scale: lambda: containers.Scale(6, per_channel=True),

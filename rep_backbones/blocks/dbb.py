@@ -13,7 +13,8 @@ from collections import OrderedDict
 from torch import nn
 
 from rep_backbones.affine import Pair
-from rep_backbones.blocks.parts import Act, Frame, Groups, Size, activation, conv_bn
+from rep_backbones.blocks.frame import Frame
+from rep_backbones.blocks.parts import Act, Groups, Size, activation, conv_bn
 from rep_backbones.containers import Block, PaddedBatchNorm2d, Parallel
 from rep_backbones.registry import register_layer
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from torch import nn
 
-from rep_backbones.blocks.parts import Act, Frame, Groups, Size, activation
+from rep_backbones.blocks.frame import Frame
+from rep_backbones.blocks.parts import Act, Groups, Size, activation
 from rep_backbones.containers import Block, Parallel
 from rep_backbones.registry import register_layer
 
 
 def _pair(frame: Frame, small: int) -> Parallel:
-    # along an axis where the small kernel would not be smaller, it is as wide as the large one
-    kernel = (min(small, frame.k[0]), min(small, frame.k[1]))
-    if kernel == frame.k:
-        raise ValueError(f"k={frame.k} is not larger than small={small}: give a larger k, or a smaller small")
-    return Parallel({"kxk": frame.branch(), "small": frame.branch(kernel)})
+    kernel = (max(min(small, frame.k[0] - 2), 1), max(min(small, frame.k[1] - 2), 1))
+    branches: dict[str, nn.Module] = {"kxk": frame.branch()}
+    if kernel != frame.k:
+        branches["small"] = frame.branch(kernel)
+    return Parallel(branches)
 
 
 @register_layer
@@ -28,10 +29,10 @@ class ReparamLargeKernelConv(Block):
 
     Args:
         g: "depthwise" (default) for as many groups as the channels allow, or a number.
-        small: size of the small kernel.
+        small: size of the small kernel; k - 2 at most, so 1x1 beside 3x3.
 
     Raises:
-        ValueError: for even kernels, `k` not over `small`, or groups that do not divide the channels.
+        ValueError: for even kernels, or groups that do not divide the channels.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from rep_backbones.blocks.parts import Act, Frame, Groups, Size, activation
+from rep_backbones.blocks.frame import Frame
+from rep_backbones.blocks.parts import Act, Groups, Size, activation
 from rep_backbones.containers import Block, Filter, Parallel, Scale
 from rep_backbones.online import Online
 from rep_backbones.registry import register_layer

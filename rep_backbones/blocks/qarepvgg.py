@@ -12,7 +12,8 @@ from collections import OrderedDict
 
 from torch import nn
 
-from rep_backbones.blocks.parts import Act, Frame, Groups, Size, activation
+from rep_backbones.blocks.frame import Frame
+from rep_backbones.blocks.parts import Act, Groups, Size, activation
 from rep_backbones.containers import Block, Parallel
 from rep_backbones.registry import register_layer
 

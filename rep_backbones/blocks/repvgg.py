@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from rep_backbones.blocks.parts import Act, Frame, Groups, Size, activation, squeeze_excite
+from rep_backbones.blocks.frame import Frame
+from rep_backbones.blocks.parts import Act, Groups, Size, activation, squeeze_excite
 from rep_backbones.containers import Block, Parallel
 from rep_backbones.registry import register_layer
 

@@ -12,7 +12,8 @@ from collections import OrderedDict
 
 from torch import nn
 
-from rep_backbones.blocks.parts import Act, Frame, Groups, Size, activation, conv_bn
+from rep_backbones.blocks.frame import Frame
+from rep_backbones.blocks.parts import Act, Groups, Size, activation, conv_bn
 from rep_backbones.blocks.plain import ConvBNAct
 from rep_backbones.containers import Block, Concat, Parallel, Residual, Scale, Split
 from rep_backbones.registry import layer_named, register_layer

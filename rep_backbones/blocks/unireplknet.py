@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from rep_backbones.blocks.parts import Act, Frame, Groups, Size, activation
+from rep_backbones.blocks.frame import Frame
+from rep_backbones.blocks.parts import Act, Groups, Size, activation
 from rep_backbones.containers import Block, Parallel
 from rep_backbones.registry import register_layer
 
@@ -22,6 +23,9 @@ SMALL = {
     9: ((5, 1), (5, 2), (3, 3), (3, 4)),
     7: ((5, 1), (3, 2), (3, 3)),
     5: ((3, 1), (3, 2)),
+    # below the paper's sizes
+    3: ((1, 1),),
+    1: (),
 }
 
 
@@ -29,14 +33,14 @@ SMALL = {
 class DilatedReparamBlock(Block):
     """Depthwise KxK + dilated small ones, no activation unless `act` names one. `(n, c1, h, w)` -> `(n, c2, h / s, w / s)`.
 
-    Kernels over 17 take the small ones of 17.
+    Kernels between the sizes of the paper, which are 5 to 17, take the small ones of the next lower size;
+    along an axis where a small kernel does not fit it has extent 1.
 
     Args:
-        k: 5 to 31, odd and square.
         g: "depthwise" (default) for as many groups as the channels allow, or a number.
 
     Raises:
-        ValueError: for another `k`, or groups that do not divide the channels.
+        ValueError: for an even `k`, or groups that do not divide the channels.
     """
 
     def __init__(
@@ -50,10 +54,10 @@ class DilatedReparamBlock(Block):
         act: Act = True,
     ) -> None:
         frame = Frame.of(c1, c2, k, s, p, g, 1)
-        size = frame.k[0]
-        if frame.k != (size, size) or size % 2 == 0 or not 5 <= size <= 31:
-            raise ValueError(f"k={k}: DilatedReparamBlock takes odd, square kernels from 5 to 31")
         branches: dict[str, nn.Module] = {"kxk": frame.branch()}
-        for small, dilation in SMALL[min(size, 17)]:
-            branches[f"{small}x{small}_d{dilation}"] = frame.branch(small, dilation)
+        frame.aligned((1, 1))  # refuses even kernels
+        for size, step in SMALL[max(n for n in SMALL if n <= max(frame.k))]:
+            kernel = tuple(size if step * (size - 1) < large else 1 for large in frame.k)
+            dilation = tuple(step if n > 1 else 1 for n in kernel)
+            branches[f"{size}x{size}_d{step}"] = frame.branch(kernel, dilation)  # type: ignore[arg-type]
         super().__init__(Parallel(branches), act=activation(act, nn.Identity))

@@ -16,8 +16,7 @@ from torch import nn
 
 from rep_backbones.export.files import replacing
 from rep_backbones.fuse import fuse
-from rep_backbones.yolo.fusing import drop_merged_norms
-from rep_backbones.yolo.stock import to_stock
+from rep_backbones.yolo.stock import merge_stock_norms, to_stock
 
 # what of a training's checkpoint describes the weights; the optimizer, the EMA and the like are of no use without branches
 _KEPT = ("date", "version", "license", "docs", "git", "train_args", "train_metrics", "train_results")
@@ -31,7 +30,7 @@ def deploy_form(model: nn.Module) -> nn.Module:
         ValueError: a module of this package has no stock form.
     """
     deployed = to_stock(fuse(model.float().eval())).cpu()
-    drop_merged_norms(deployed)
+    merge_stock_norms(deployed)
     for name in ("args", "criterion", "pt_path"):  # of the loaded object: Ultralytics sets them anew when it loads
         vars(deployed).pop(name, None)
     return deployed.requires_grad_(False)

@@ -57,7 +57,7 @@ def expand(
     if batches is None:  # fused models have no YAML that says so; they are for the caller's own training
         note = {"block": name, "layers": [path for path in _paths(model) if path not in before], **options}
         config: Any = model.yaml
-        model.yaml = {**config, KEY: [*requests(config), note]}
+        vars(model)["yaml"] = {**config, KEY: [*requests(config), note]}
     return model
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.nn import tasks
-from ultralytics.nn.modules import Conv
+from ultralytics.nn.modules import Conv, Detect
 
 from rep_backbones.registry import LAYERS
 from rep_backbones.yolo.allowed import MODEL_PACKAGES, layer_packages, module_class, within
@@ -38,6 +38,7 @@ MODELS = {  # class of ultralytics.nn.tasks -> its task
     "OBBModel": "obb",
     "ClassificationModel": "classify",
 }
+CLASS_BRANCHES = ("cv3", "one2one_cv3")  # of a Detect head
 TEXT_MODELS = ("WorldModel", "YOLOEModel", "YOLOESegModel")
 Parser = Callable[[dict[str, Any], int, bool], tuple[nn.Sequential, list[int]]]
 MAX_LAYERS = 100_000  # yolov9e has 1,260 modules
@@ -180,7 +181,9 @@ class Builder:
         alike = type(built) is parts.cls and names == {name for name, _ in _children(built)}
         if alike and not parts.is_bare():  # a bare layer may be shared by all models of the process (Conv.default_act)
             for name, child in _children(built):
-                built._modules[name] = self.graft(child, cast(Stored, parts.children[name]), f"{path}.{name}")
+                inner, where = cast(Stored, parts.children[name]), f"{path}.{name}"
+                kept = isinstance(built, Detect) and name in CLASS_BRANCHES and self.other_width(child, inner, where)
+                built._modules[name] = self.construct(inner, where) if kept else self.graft(child, inner, where)
             built._modules = {name: built._modules.get(name) for name in parts.children}
             self.set_attributes(built, stored, path)
             self.set_unsaved(built, parts, path)
@@ -190,6 +193,18 @@ class Builder:
             reason = f"{path} is a {stored.cls} in its model, and a {type(built).__name__} in its YAML as it is built here"
             raise Refused(f"{reason}, for which fusing is not the cause")
         return self.construct(stored, path)
+
+    def other_width(self, built: nn.Module, stored: Stored, path: str) -> bool:
+        """Whether a head's class branch differs from its YAML's in hidden channels only.
+
+        Ultralytics keeps the width of pretrained weights there, whatever number of classes the YAML has afterwards.
+        """
+        sizes = {key: tensor.size for key, tensor in self.state(stored, path)}
+        expected = {f"{path}.{key}": tuple(value.shape) for key, value in built.state_dict().items()}
+        if sizes.keys() != expected.keys() or sizes == expected:
+            return False
+        levels = [[f"{path}.{level}.{key}" for key in branch.state_dict()] for level, branch in built.named_children()]
+        return all(sizes[k[0]][1:] == expected[k[0]][1:] and sizes[k[-1]] == expected[k[-1]] for k in levels)
 
     def construct(self, stored: Stored, path: str) -> nn.Module:
         """The layer that `stored` describes, with its children, its weights still empty."""

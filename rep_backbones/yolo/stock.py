@@ -14,15 +14,17 @@ each: its parts are put in an empty shell of that class. Ultralytics' restricted
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.nn.modules import C2, C3, SPPF, ChannelAttention, RepC3
+from ultralytics.nn.modules import C2, C3, SPPF, ChannelAttention, Conv, DWConv, RepC3
 
 from rep_backbones.containers import Concat, Gate, PoolPyramid, Residual, Scale, Split
+from rep_backbones.fuse import fuse
 
 _PACKAGE = "rep_backbones"
 
@@ -46,6 +48,20 @@ def to_stock(model: nn.Module) -> nn.Module:
         if str(vars(module).get("type", "")).startswith(_PACKAGE):
             module.type = str(type(module))[8:-2]  # type: ignore[assignment]  # the name that it is printed by
     return model
+
+
+def merge_stock_norms(model: nn.Module) -> None:
+    """In place, each stock Conv of a fused model as `Sequential(conv=..., act=...)`, its norm merged as the stock fuse does.
+
+    The names in its state are those after the stock fuse, which would leave a bound method that restricted loading refuses.
+    """
+    for name, child in [*model.named_children()]:
+        if type(child) in (Conv, DWConv):
+            norm = child._modules.get("bn")
+            conv = fuse(nn.Sequential(child.conv, norm).eval())[0] if type(norm) is nn.BatchNorm2d else child.conv  # type: ignore
+            model._modules[name] = _placed(nn.Sequential(OrderedDict(conv=conv, act=child.act)), child)  # type: ignore
+        else:
+            merge_stock_norms(child)
 
 
 def _stock(module: nn.Module) -> nn.Module:

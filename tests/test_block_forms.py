@@ -114,3 +114,11 @@ class Folding(nn.Module):
 
     def forward(self) -> AffineConv:
         return equivalent(self.part, CHANNELS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_are_known_without_numbers(name: str) -> None:
+    """On the meta device, where multiply-adds are counted and checkpoints are rebuilt."""
+    with torch.device("meta"):
+        model = LAYERS[name].cls(C1, C2).eval()
+        assert model(torch.empty(2, C1, 20, 18)).shape[:2] == (2, C2)

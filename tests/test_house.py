@@ -76,15 +76,29 @@ def test_tools_are_thin() -> None:
         assert len(path.read_text().splitlines()) <= 20
 
 
-def test_readme_example_runs(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert example, "the README shows an example"
+def examples() -> list[tuple[str, str]]:
+    """The Python of the README, and of the how-to pages."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (page.name, "\n".join(found))
+        for page in pages
+        if (found := re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    ]
+
+
+@pytest.mark.parametrize(("page", "example"), examples(), ids=[page for page, _ in examples()])
+def test_examples_run(page: str, example: str, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", example[1]]
+    (tmp_path / "example.py").write_text(example)
+    command = [sys.executable, "example.py"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "True"
+    if "print(" in example:
+        assert done.stdout.split()[-1] == "True"
+
+
+def test_the_readme_shows_an_example() -> None:
+    assert "README.md" in dict(examples())
 
 
 def test_readme_names_what_exists() -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from rep_backbones import fuse
 from rep_backbones.candidates import ExpandError
 from rep_backbones.registry import LAYERS
-from rep_backbones.yolo import expand_table
-from rep_backbones.yolo.expand_table import END, START, SUBJECTS, Subject, crnet, main, measure, network
+from rep_backbones.yolo import expand_table, pages
+from rep_backbones.yolo.expand_table import SUBJECTS, TOOL, Subject, crnet, main, measure, network
 
 DOCS = Path(__file__).parent.parent / "docs" / "expand.md"
 SMALL = Subject(crnet, (2, 2, 20, 24), (1, 2, 32, 32))
@@ -48,7 +48,7 @@ def test_a_block_that_does_not_fit_is_refused() -> None:
 
 def test_only_the_part_between_the_marks_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{START}\nold\n{END}\nbelow\n")
+    page.write_text(f"above\n{pages.start(TOOL)}\nold\n{pages.END}\nbelow\n")
     arguments = ["--out", str(page), "--models", "a CRNet", "--blocks", "RepConv", "QARepVGGBlock"]
     assert main(arguments) == 0
     text = page.read_text()
@@ -63,7 +63,7 @@ def test_only_the_part_between_the_marks_is_written(tmp_path: Path, capsys: pyte
 
 def test_the_committed_table_is_whole() -> None:
     """Every network with every block of ours, or the block among the refused; no branch left, no function changed."""
-    table = DOCS.read_text().partition(START)[2].partition(END)[0]
+    table = pages.part(DOCS, TOOL)
     sections = dict(re.findall(r"### ([^\n]+)\n(.*?)(?=\n### |\Z)", table, re.DOTALL))
     refused = set(re.findall(r"\w+", " ".join(re.findall(r"^- ([\w, ]+):", sections.pop("Refused"), re.MULTILINE))))
     assert sections.keys() == SUBJECTS.keys()

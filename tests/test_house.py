@@ -127,7 +127,9 @@ print(sorted(path.name for path in (home / "cfg").glob("*.yaml")))
 def test_wheel_in_another_folder_finds_its_yamls(tmp_path: Path) -> None:
     """Built as for a release, installed alone, used where there is no checkout; the dependencies are those that are here."""
     copy = tmp_path / "source"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)

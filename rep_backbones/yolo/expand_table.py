@@ -22,15 +22,16 @@ from ultralytics.nn.tasks import BaseModel, DetectionModel, RTDETRDetectionModel
 
 from rep_backbones.candidates import ExpandError
 from rep_backbones.containers import Concat, Residual, Scale
-from rep_backbones.export.files import TargetError, replacing, writable_folder
+from rep_backbones.export.files import TargetError
 from rep_backbones.fuse import fuse
 from rep_backbones.registry import LAYERS
 from rep_backbones.rules import multi_branch
 from rep_backbones.verify import verify
+from rep_backbones.yolo import pages
 from rep_backbones.yolo.benchmark import ROOT, shuffled
 from rep_backbones.yolo.expanding import expand
 
-START, END = "<!-- measured by tools/expand_table.py -->", "<!-- end -->"
+TOOL = "tools/expand_table.py"  # as in the mark of the page
 HEADER = (
     "| block | convolutions expanded | parameters training | after | M multiply-adds training | after | error in eval "
     "| in train mode | fused | branches left |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -221,13 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", nargs="+", choices=sorted(LAYERS), default=sorted(LAYERS), help="blocks (default: all)")
     options = parser.parse_args(argv)
     try:
-        text = options.out.read_text()
-        if START not in text or END not in text:
-            raise ValueError(f"{options.out} lacks the marks {START} and {END}, between which the tables go")
-        writable_folder(options.out.parent)
-        body = "\n\n".join(tables(options.models, options.blocks))
-        with replacing(options.out) as temporary:
-            temporary.write_text(f"{text.partition(START)[0]}{START}\n\n{body}\n\n{END}{text.partition(END)[2]}")
+        pages.check(options.out, TOOL)
+        pages.fill(options.out, TOOL, "\n\n".join(tables(options.models, options.blocks)))
     except KeyboardInterrupt:
         print("expand_table: interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -1,0 +1,40 @@
+"""Measured parts of the documentation: the lines between two marks of a page belong to the tool that measures them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rep_backbones.export.files import replacing, writable_folder
+
+END = "<!-- end -->"
+
+
+def start(tool: str) -> str:
+    """The mark in front of what `tool` writes."""
+    return f"<!-- measured by {tool} -->"
+
+
+def check(page: Path, tool: str) -> str:
+    """The text of a page that `fill` will accept, so that nothing is measured in vain.
+
+    Raises:
+        ValueError: the page lacks the marks.
+        OSError, TargetError: it cannot be read or written.
+    """
+    text = page.read_text(encoding="utf-8")
+    if END not in text.partition(start(tool))[2]:
+        raise ValueError(f"{page} lacks the marks {start(tool)} and {END}, between which the measured part goes")
+    writable_folder(page.parent)
+    return text
+
+
+def fill(page: Path, tool: str, body: str) -> None:
+    """Put `body` between the tool's marks in `page`; errors as `check`."""
+    before, mark, after = check(page, tool).partition(start(tool))
+    with replacing(page) as temporary:
+        temporary.write_text(f"{before}{mark}\n\n{body}\n\n{END}{after.partition(END)[2]}", encoding="utf-8")
+
+
+def part(page: Path, tool: str) -> str:
+    """What stands between the tool's marks."""
+    return check(page, tool).partition(start(tool))[2].partition(END)[0].strip()

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from rep_backbones.affine import pair
 
 
+def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children under each of their names: one that is used twice counts twice, unlike in `named_children`."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
 class Parallel(nn.Module):
     """Named branches on one input, summed (`branches`: name -> module)."""
 
@@ -25,7 +30,7 @@ class Parallel(nn.Module):
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         """The branches by name, in order."""
-        return iter((name, module) for name, module in self._modules.items() if module is not None)
+        return iter(children_of(self))
 
     def __len__(self) -> int:
         return len(self._modules)

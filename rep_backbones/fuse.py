@@ -7,13 +7,27 @@ and cast once at the end.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from rep_backbones.containers import Block
-from rep_backbones.rules import RULES, FoldError, in_float64, is_series, merges, multi_branch, seen_as
+from rep_backbones.affine import AffineConv, AlgebraError
+from rep_backbones.containers import Block, children_of
+from rep_backbones.pairs import NORMS
+from rep_backbones.rules import (
+    RULES,
+    FoldError,
+    in_float64,
+    is_series,
+    merges,
+    multi_branch,
+    refuse_unready,
+    seen_as,
+)
 
 Foreign = Literal["keep", "refuse"]
 # What Ultralytics writes on each row of a model; the fused layer takes its place in the graph.
@@ -36,34 +50,94 @@ def fuse(
     Raises:
         FoldError: in train mode, with forward hooks, with NaN or inf in the weights, for a branch that can't be folded.
         ValueError: for another `foreign`.
+        TypeError: for anything but a module.
     """
     return fuse_and_map(model, inplace=inplace, foreign=foreign)[0]
 
 
 def fuse_and_map(model: nn.Module, *, inplace: bool = False, foreign: str = "keep") -> tuple[nn.Module, dict[str, str]]:
     """`fuse`, and where each merged layer went: its dotted path before -> the path of its convolution after."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse takes a torch.nn.Module, got {type(model).__name__}; of a YOLO(...) give its .model")
     if foreign not in ("keep", "refuse"):
         raise ValueError(f"foreign={foreign!r} is not available; accepted are 'keep' and 'refuse'")
-    _refuse_unready(model)
+    parts = list(_parts(model))
+    _refuse_unready(model, parts)
     if foreign == "refuse":
         _refuse_foreign(model)
-    parts = _parts(model)
-    folded = {path: _fold(part, path) for path, part in parts}
+    convs: dict[tuple[int, ...], nn.Conv2d] = {}  # what is used twice is folded once, and stays one layer
+    for part in parts:
+        if part.key not in convs:
+            convs[part.key] = _fold(part)
+    folded = {part.path: convs[part.key] for part in parts}
     if not inplace:
-        model = _copied(model, [module for _, part in parts for _, module in part])
+        model = _copied(model, parts)
     places: dict[str, str] = {}
     for path, layer, _ in multi_branch(model):
         places[path] = _join(path, "0") if isinstance(seen_as(layer), Block) else path
-    model = _replaced(model, "", folded)
+    model = _replaced(model, "", folded, {})
     left = [path for path, _, _ in multi_branch(model)]
     if left:
         raise FoldError(f"multi-branch layers are left after fusing: {', '.join(left[:5])}")
     return model.eval(), places
 
 
-def _copied(model: nn.Module, merged: list[nn.Module]) -> nn.Module:
+@dataclass(frozen=True)
+class _Part:
+    """What folds to one convolution, at `path`: modules in series, each with its own path."""
+
+    path: str
+    series: list[tuple[str, nn.Module]]
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return tuple(id(module) for _, module in self.series)
+
+
+def _parts(module: nn.Module, path: str = "") -> Iterator[_Part]:
+    seen = seen_as(module)
+    if merges(seen):
+        yield _Part(path, [(path, seen)])
+        return
+    children = children_of(seen)
+    if isinstance(seen, Block) and is_series(seen):
+        yield _Part(path, [(_join(path, "branches"), seen.affine_part)])
+        children = children[1:]
+    previous: tuple[str, nn.Module] | None = None
+    for name, child in children:
+        if previous is not None and is_series(seen) and _pairs(previous[1], child):
+            yield _Part(_join(path, previous[0]), [(_join(path, n), m) for n, m in (previous, (name, child))])
+            previous = None
+            continue
+        if previous is not None:
+            yield from _parts(previous[1], _join(path, previous[0]))
+        previous = name, child
+    if previous is not None:
+        yield from _parts(previous[1], _join(path, previous[0]))
+
+
+def _pairs(first: nn.Module, norm: nn.Module) -> bool:
+    """Whether a norm in series behind `first` folds into it. A plain convolution that is not affine is left as it is."""
+    if not isinstance(norm, NORMS) or type(norm) not in NORMS or norm.running_mean is None:
+        return False
+    if merges(seen_as(first)):
+        return True
+    if type(first) is not nn.Conv2d:
+        return False
+    try:
+        AffineConv.from_conv(first)
+    except AlgebraError:
+        return False
+    return True
+
+
+def _copied(model: nn.Module, parts: list[_Part]) -> nn.Module:
     """A copy of the model without the numbers of what is replaced next: these are half of its memory."""
-    dropped = {module for part in merged for module in part.modules()}
+    replaced = [path for part in parts for path, _ in part.series]
+    inside = {module for part in parts for _, root in part.series for module in root.modules()}
+    # a module that has a second place, where it is not replaced, keeps its numbers
+    elsewhere = {m for path, m in model.named_modules(remove_duplicate=False) if m in inside and not _within(path, replaced)}
+    dropped = inside - elsewhere
     kept = {id(t) for m in model.modules() if m not in dropped for t in _own(m)}
     memo: dict[int, object] = {}
     for module in dropped:
@@ -73,81 +147,76 @@ def _copied(model: nn.Module, merged: list[nn.Module]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _within(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") or not root for root in roots)
+
+
 def _own(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
-def _parts(module: nn.Module, path: str = "") -> list[tuple[str, list[tuple[str, nn.Module]]]]:
-    """What folds to one convolution each: its path, and the modules in series that it is made of."""
-    seen = seen_as(module)
-    if merges(seen):
-        return [(path, [("", seen)])]
-    if isinstance(seen, Block) and is_series(seen):
-        tails = [part for name, tail in list(seen.named_children())[1:] for part in _parts(tail, _join(path, name))]
-        return [(path, [("branches", seen.affine_part)]), *tails]
-    parts: list[tuple[str, list[tuple[str, nn.Module]]]] = []
-    children = list(seen.named_children())
-    for index, (name, child) in enumerate(children):
-        if (
-            is_series(seen)
-            and type(child) is nn.BatchNorm2d
-            and index
-            and (type(children[index - 1][1]) is nn.Conv2d or merges(children[index - 1][1]))
-        ):
-            previous, before = children[index - 1]
-            parts = [p for p in parts if p[0] != _join(path, previous)]
-            parts.append((_join(path, previous), [(previous, before), (name, child)]))
-            continue
-        parts += _parts(child, _join(path, name))
-    return parts
-
-
-def _fold(modules: list[tuple[str, nn.Module]], path: str) -> nn.Conv2d:
-    """One convolution, on the modules' device and in their dtype."""
-    name, only = modules[0]
+def _fold(part: _Part) -> nn.Conv2d:
+    """One convolution, on the modules' device, in their dtype and memory format."""
+    modules = [module for _, module in part.series]
     try:
-        value = in_float64(only if len(modules) == 1 else nn.Sequential(*(m for _, m in modules)))
+        value = in_float64(modules[0] if len(modules) == 1 else nn.Sequential(*modules))
     except FoldError as error:
-        raise error.below(_join(path, name if len(modules) == 1 else "")) from error
-    like = next((p for _, m in modules for p in m.parameters()), torch.empty(0))
+        index, _, rest = error.path.partition(".") if len(modules) > 1 else ("0", "", error.path)
+        at = part.series[int(index)][0] if index else part.path
+        raise type(error)(error.reason, _join(at, rest)) from error
+    like = next((p for m in modules for p in m.parameters()), torch.empty(0))
     value = value.to(like.dtype)
-    if not value.weight.sum(dtype=torch.float64).isfinite():
-        raise FoldError(f"the merged kernel does not fit into {like.dtype}; fuse in float32: model.float()", path)
-    return value.to_conv().to(like.device).requires_grad_(like.requires_grad)
+    for name, tensor in (("kernel", value.weight), ("bias", value.bias)):
+        if tensor is not None and not tensor.sum(dtype=torch.float64).isfinite():
+            raise FoldError(f"the merged {name} does not fit into {like.dtype}; fuse in float32: model.float()", part.path)
+    conv = value.to_conv().to(like.device).requires_grad_(like.requires_grad)
+    kernels = [p for m in modules for p in m.parameters() if p.dim() == 4]
+    last = any(not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    return conv.to(memory_format=torch.channels_last) if last else conv  # type: ignore[call-overload]
 
 
-def _replaced(module: nn.Module, path: str, folded: dict[str, nn.Conv2d]) -> nn.Module:
+def _replaced(
+    module: nn.Module, path: str, folded: dict[str, nn.Conv2d], done: dict[int, tuple[nn.Module, nn.Module]]
+) -> nn.Module:
+    """The module with its folded parts in their places; `done` knows what was replaced already, under another name."""
     seen = seen_as(module)
-    if isinstance(seen, Block) and path in folded:
-        tails = [_replaced(tail, _join(path, name), folded) for name, tail in list(seen.named_children())[1:]]
-        return _marked(nn.Sequential(folded[path], *tails), module)
-    if path in folded:
+    if path in folded and not isinstance(seen, Block):
         return _marked(folded[path], module)
-    children = list(seen.named_children())
-    for index, (name, child) in enumerate(children):
-        if is_series(seen) and type(child) is nn.BatchNorm2d and index and _join(path, children[index - 1][0]) in folded:
-            setattr(module, name, nn.Identity())  # merged into the one in front; the places behind keep their index
-            continue
-        new = _replaced(child, _join(path, name), folded)
-        if new is not child:
-            setattr(module, name, new)
-    return module
+    if id(module) in done:
+        return done[id(module)][1]
+    new = module
+    children = children_of(seen)
+    if isinstance(seen, Block) and path in folded:
+        tail = OrderedDict((str(i), _replaced(m, _join(path, n), folded, done)) for i, (n, m) in enumerate(children[1:], 1))
+        new = _marked(nn.Sequential(OrderedDict({"0": folded[path], **tail})), module)
+    else:
+        for index, (name, child) in enumerate(children):
+            before = _join(path, children[index - 1][0]) if index else ""
+            if is_series(seen) and before in folded and _pairs(children[index - 1][1], child):
+                setattr(module, name, nn.Identity())  # merged into the one in front; the places behind keep their index
+                continue
+            replacement = _replaced(child, _join(path, name), folded, done)
+            if replacement is not child:
+                setattr(module, name, replacement)
+    done[id(module)] = module, new  # the old one is held, so that no other takes its id
+    return new
 
 
-def _refuse_unready(model: nn.Module) -> None:
-    merged = [path for path, _ in _parts(model)]
+def _refuse_unready(model: nn.Module, parts: list[_Part]) -> None:
     for path, module in model.named_modules():
         if module.training:
             raise FoldError(
                 "is in train mode, where batch normalization depends on its batch; call model.eval() before fuse(model)",
                 path or "the model",
             )
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if hooked and any(path == m or path.startswith(f"{m}.") or not m for m in merged):
-            raise FoldError(
-                "has forward hooks, which fusing would lose; remove them (handle.remove()) before fuse(model)",
-                path or "the model",
-            )
+    whole = {path for path, module in model.named_modules() if isinstance(seen_as(module), Block)}
+    places = {part.path for part in parts} & whole
+    for path, module in model.named_modules():
+        if path in places and (module._forward_hooks or module._forward_pre_hooks):
+            refuse_unready(module, path)
+    for part in parts:
+        for path, module in part.series:
+            refuse_unready(module, path)
 
 
 def _refuse_foreign(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rep_backbones import affine
 from rep_backbones.affine import AffineConv, AlgebraError, pair
-from rep_backbones.containers import Block, Concat, Filter, PaddedBatchNorm2d, Parallel, Scale, Subsample
+from rep_backbones.containers import Block, Concat, Filter, PaddedBatchNorm2d, Parallel, Scale, Subsample, children_of
 
 Rule = Callable[[Any, int | None], AffineConv]
 
@@ -62,7 +62,7 @@ def _average_pool(module: nn.AvgPool2d, channels: int | None) -> AffineConv:
 
 
 def _series(module: nn.Sequential, channels: int | None) -> AffineConv:
-    children = list(module.named_children())
+    children = children_of(module)
     values = _values(children, channels, in_series=True)
     return _chained([name for name, _ in children], values) if values else affine.identity(_known(module, channels), _EXACT)
 
@@ -95,7 +95,7 @@ def _concat(module: Concat, channels: int | None) -> AffineConv:
 
 
 def _parts_of_concat(module: Concat, channels: int | None) -> list[AffineConv]:
-    parts = [(f"parts.{name}", part) for name, part in module.parts.named_children()]
+    parts = [(f"parts.{name}", part) for name, part in children_of(module.parts)]
     return [v.dense() for v in _values(parts, channels, in_series=False)]
 
 
@@ -160,10 +160,29 @@ def equivalent_conv(module: nn.Module) -> AffineConv:
         The value: weight `(c2, c1 / g, kh, kw)` and bias `(c2,)` in float64, on the CPU.
 
     Raises:
-        FoldError: as `equivalent`, and for NaN or inf.
+        FoldError: as `equivalent`, for NaN or inf, in train mode, and with forward hooks.
     """
     seen = seen_as(module)
+    refuse_unready(module)
     return in_float64(seen.affine_part if isinstance(seen, Block) else seen)
+
+
+def refuse_unready(module: nn.Module, path: str = "") -> None:
+    """Refuse what a fold would silently lose: train mode, forward hooks, and a `forward` put on one instance.
+
+    Raises:
+        FoldError: with the path, below `path`, and what to do.
+    """
+    for name, inner in module.named_modules():
+        if inner.training and not inner._modules:  # a container computes the same in both modes, and a view's is new
+            reason = "is in train mode, where batch normalization depends on its batch; call .eval() first"
+        elif inner._forward_hooks or inner._forward_pre_hooks:
+            reason = "has forward hooks, which fusing would lose; remove them (handle.remove()) first"
+        elif type(inner) in RULES and "forward" in vars(inner):
+            reason = "has a forward of its own in place of its class's, which fusing would lose; subclass it instead"
+        else:
+            continue
+        raise FoldError(reason, ".".join(part for part in (path, name) if part) or "the model")
 
 
 def in_float64(module: nn.Module) -> AffineConv:
@@ -172,7 +191,7 @@ def in_float64(module: nn.Module) -> AffineConv:
     Raises:
         FoldError: as `equivalent`, and for NaN or inf.
     """
-    _check_numbers(module)
+    check_numbers(module)
     with torch.no_grad():
         return equivalent(_double(module)).to(torch.float64)
 
@@ -186,7 +205,7 @@ def branch_values(part: nn.Module) -> dict[str, AffineConv]:
     Raises:
         FoldError: as `equivalent`, and for NaN or inf.
     """
-    _check_numbers(part)
+    check_numbers(part)
     with torch.no_grad():
         return _shares(_double(part), None)
 
@@ -196,8 +215,8 @@ def branch_names(part: nn.Module) -> list[str]:
     if type(part) is Parallel:
         return [name for name, _ in part.items()]
     if type(part) is Concat:
-        return [name for name, _ in part.parts.named_children()]
-    return branch_names(next(child for child in part.children() if _has_branches(child)))
+        return [name for name, _ in children_of(part.parts)]
+    return branch_names(next(child for _, child in children_of(part) if _has_branches(child)))
 
 
 def _shares(module: nn.Module, channels: int | None) -> dict[str, AffineConv]:
@@ -209,7 +228,7 @@ def _shares(module: nn.Module, channels: int | None) -> dict[str, AffineConv]:
         none = torch.zeros(1, dtype=torch.float64)
         only = [[v if i == j else v.scaled(none) for j, v in enumerate(parts)] for i in range(len(parts))]
         return {str(i): affine.concat(values) for i, values in enumerate(only)}
-    children = list(module.named_children())
+    children = children_of(module)
     index = next(i for i, (_, child) in enumerate(children) if _has_branches(child))
     names = [name for name, _ in children]
     values = _values(children, channels, in_series=True)
@@ -258,8 +277,12 @@ def _first_number(module: nn.Module) -> Tensor | None:
     return next((t for t in module.parameters() if t.is_floating_point()), None)
 
 
-def _check_numbers(module: nn.Module) -> None:
-    """NaN and inf would spread silently into every deployed kernel."""
+def check_numbers(module: nn.Module) -> None:
+    """Refuse weights that would spread silently into every deployed kernel.
+
+    Raises:
+        FoldError: for NaN, inf or negative variances, with the path of the tensor.
+    """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         # the sum is finite only if all values are, and needs no memory of its own; it may overflow, so it does not decide
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not torch.isfinite(tensor).all():
@@ -268,6 +291,15 @@ def _check_numbers(module: nn.Module) -> None:
                 f"{bad} of {tensor.numel()} values are NaN or inf; the training has diverged, or weights over 65504 "
                 "were stored in FP16. "
                 "Go back to an earlier checkpoint, or to the FP32 weights (best_fp32.pt)",
+                name,
+            )
+    for name, norm in module.named_modules():
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+            continue
+        if bad := int((norm.running_var.double() + norm.eps <= 0).sum()):
+            raise FoldError(
+                f"{bad} of {norm.num_features} running variances are negative, or zero with eps=0, which no training makes; "
+                "the file is damaged, or its weights were changed. Go back to an earlier checkpoint",
                 name,
             )
 
@@ -315,7 +347,7 @@ def _multi_branch(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module
     if merges(seen):
         yield path, module, seen
         return
-    children = list(seen.named_children())
+    children = children_of(seen)
     if isinstance(seen, Block) and _has_branches(seen.affine_part):
         yield path, module, seen.affine_part
         children = children[1:]

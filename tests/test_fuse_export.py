@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +251,7 @@ def test_bad_checkpoint(tmp_path: Path, content: bytes | None, said: str, capsys
         (tmp_path / "best.pt").write_bytes(content)
     assert main([str(tmp_path / "best.pt")]) == 2
     message = capsys.readouterr().err
-    assert said in message and "Traceback" not in message
+    assert said in message and "Traceback" not in message and message.count("cannot be read") == 0
     assert files(tmp_path) <= {"best.pt"}
 
 
@@ -306,15 +308,103 @@ def test_full_disk_leaves_what_was_there(
 
 def test_interrupt_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = saved(tmp_path)
-    (tmp_path / "best_deploy.onnx").write_bytes(b"the one before")
+    for name in ("best_deploy.onnx", "best_deploy.pt"):
+        (tmp_path / name).write_bytes(b"the one before")
 
     def interrupted(self: Exporter, *args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Exporter, "export_onnx", interrupted)
     assert main([str(weights)]) == 130
-    assert (tmp_path / "best_deploy.onnx").read_bytes() == b"the one before"
     assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy.onnx"}
+    assert all((tmp_path / name).read_bytes() == b"the one before" for name in ("best_deploy.onnx", "best_deploy.pt"))
+
+
+@pytest.mark.parametrize("delay", [0.5, 3.0])
+def test_interrupt_of_the_process(tmp_path: Path, delay: float) -> None:
+    """While the libraries are loaded, too: no traceback."""
+    weights = saved(tmp_path)
+    command = [sys.executable, str(ROOT / "tools" / "fuse_export.py"), str(weights)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert files(tmp_path) == {"best.pt"}
+
+
+LIMITED = """
+import resource, sys
+from rep_backbones.yolo.fuse_export_cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+sys.exit(main([sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("size", [20_000, 150_000])
+def test_files_that_do_not_fit(tmp_path: Path, size: int) -> None:
+    """A real limit: torch.save and the exporter report a full disk each in its own way."""
+    weights = saved(tmp_path)
+    (tmp_path / "best_deploy.pt").write_bytes(b"the one before")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LIMITED, str(weights), str(size)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr and "Free the space" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "best_deploy.pt").read_bytes() == b"the one before"
+    assert files(tmp_path) == {"best.pt", "best_deploy.pt"}
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
+    weights = saved(tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, used = tmp_path / f".fuse_export-{ended.pid}-abc", tmp_path / f".fuse_export-{os.getpid()}-abc"
+    for folder in (left, used):
+        folder.mkdir()
+    assert main([str(weights), "--format", "onnx"]) == 0
+    assert not left.exists() and used.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.-1.cv3.0.2.bias", float("nan"), "cv3.0.2.bias: 1 of"),
+        ("model.-1.cv3.0.1.1.bn.running_var", -1.0, "cv3.0.1.1.bn: 1 of"),
+    ],
+)
+def test_numbers_of_stock_layers_are_checked(
+    tmp_path: Path, key: str, value: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = YOLO(str(model_yaml(tmp_path, "mixed")))
+    key = key.replace("-1", str(len(model.model.model) - 1))
+    model.model.state_dict()[key][0] = value
+    model.save(tmp_path / "best.pt")
+    assert main([str(tmp_path / "best.pt")]) == 2
+    assert f"cannot be fused: model.{len(model.model.model) - 1}.{said}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = saved(tmp_path)
+    assert main([str(weights), "--format", "onnx", "--device", "0"]) == 4
+    assert "no CUDA device here; all that a CPU can make is made on the CPU" in capsys.readouterr().out
+    assert (tmp_path / "best_deploy.onnx").exists() and report(weights)["status"] == 4
+
+
+def test_an_exporter_that_fails_leaves_what_is_proved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = saved(tmp_path)
+
+    def failing(self: Exporter, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(Exporter, "export_onnx", failing)
+    assert main([str(weights)]) == 3
+    told = capsys.readouterr()
+    assert "exporting to onnx failed (RuntimeError: not today)" in told.err and "what is there is proved" in told.out
+    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy_report.json"}
 
 
 def test_model_without_branches_is_exported_with_a_note(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rep_backbones.yolo.expand_table import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from rep_backbones.yolo.expand_table import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # while the libraries are loaded
+        sys.exit(130)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, whatever else is installed
 
-from rep_backbones.yolo.fuse_export_cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from rep_backbones.yolo.fuse_export_cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # while the libraries are loaded
+        sys.exit(130)

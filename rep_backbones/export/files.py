@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WORK = ".fuse_export-"  # then the process, so that what a killed one left can be told from what one is using
 
 
 class TargetError(Exception):
@@ -50,6 +56,72 @@ def writable_folder(path: Path) -> Path:
 
 
 @contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A hidden folder inside `target`, on the same disk, that is gone afterwards; and those that killed runs left are too.
+
+    Raises:
+        TargetError: it cannot be made.
+    """
+    for left in target.glob(f"{_WORK}*"):
+        if not _runs(left.name.removeprefix(_WORK).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    with _telling(target):
+        folder = Path(tempfile.mkdtemp(prefix=f"{_WORK}{os.getpid()}-", dir=target))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:  # it runs, and is another user's
+        return True
+    return True
+
+
+def place(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Give files their places one right after the other, with interrupts held back meanwhile; each replaces what was there.
+
+    Raises:
+        TargetError: a place cannot be written to.
+    """
+    with _uninterrupted():
+        for made, path in moves:
+            with _telling(path):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                os.replace(made, path)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    held = {signal.SIGINT, signal.SIGTERM}
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk stands behind an error, however many libraries have wrapped it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error)):
+            return True  # torch.save reports it so
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
 def _telling(path: Path) -> Iterator[None]:
     try:
         yield
@@ -58,7 +130,7 @@ def _telling(path: Path) -> Iterator[None]:
         raise TargetError(
             f"cannot write {path}: {reason}. Free the space or give a folder that can be written to"
         ) from error
-    except RuntimeError as error:  # torch.save reports a full disk so
-        if "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+    except RuntimeError as error:
+        if not disk_is_full(error):
             raise
-        raise TargetError(f"cannot write {path}: {str(error).splitlines()[0]}. Free the space on its disk") from error
+        raise TargetError(f"cannot write {path}: No space left on device. Free the space on its disk") from error

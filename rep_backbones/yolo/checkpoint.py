@@ -122,6 +122,8 @@ def existing(path: str | os.PathLike[str]) -> Path:
             raise Refused(f"{file} ends in {file.suffix or 'nothing'}, where {' or '.join(SUFFIXES)} is accepted", GIVE)
         with file.open("rb") as stream:
             start = stream.read(512)
+    except Refused:
+        raise
     except (OSError, ValueError) as error:
         raise Refused(f"{str(path)!r} cannot be read ({error})", "check the path and its permissions") from None
     if not start:

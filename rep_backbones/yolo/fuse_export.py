@@ -9,7 +9,6 @@ their good names only once they are proved.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import get_flops
 
-from rep_backbones.export.files import replacing, writable_folder
+from rep_backbones.export.files import TargetError, disk_is_full, place, workplace, writable_folder
 from rep_backbones.export.report import Counts, Report, proof, sha256
-from rep_backbones.rules import FoldError, multi_branch
+from rep_backbones.rules import FoldError, check_numbers, multi_branch
 from rep_backbones.verify import verify
-from rep_backbones.yolo import artifacts, checkpoint
+from rep_backbones.yolo import artifacts, checkpoint, devices
 from rep_backbones.yolo.deploy import save_deploy
 from rep_backbones.yolo.pictures import SHIPPED, pictures
 from rep_backbones.yolo.plain_data import Refused
@@ -96,46 +95,100 @@ def run(
     formats = artifacts.chosen(settings.formats)
     if settings.batch < 1:
         raise ValueError(f"batch={settings.batch} is not accepted; give a whole number from 1")
+    settings, lacking = devices.here(settings)
     file = checkpoint.existing(weights)
     target = writable_folder(out or file.parent)
     loaded = checkpoint.load_precise(file, trust=trust)
+    _check_numbers(loaded)
     size = image_size(settings.imgsz, loaded)
     batch = pictures(size, loaded.yaml.get("channels", 3), settings.pictures)
     report = Report(source=_source(loaded, trust), settings=_plain(settings, size, formats))
-    outcome = Outcome(PROVED, report)
-    if loaded.note:
-        report.notes.append(loaded.note)
+    report.notes += [note for note in (loaded.note, lacking) if note]
     stem = f"{file.stem}_deploy"
     with ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".fuse_export-", dir=target)))
+        work = stack.enter_context(workplace(target))
         stack.enter_context(no_installs())
         stack.enter_context(quiet(not verbose))
+        making = Making(report, target, work / stem, tell, status=MISSING if lacking else PROVED)
         try:
-            deployed = _fused(loaded, work / f"{stem}.pt", batch, settings.pictures, report, tell)
-            outcome.artifacts["pt"] = _keep(work / f"{stem}.pt", target, report, "pt", tell)
-            job = artifacts.Job(outcome.artifacts["pt"], work / f"{stem}.pt", deployed, batch, settings, size)
+            deployed = _fused(loaded, making, batch, settings.pictures)
+            making.keep("pt", making.path(".pt"))
+            job = artifacts.Job(target / f"{stem}.pt", making.path(".pt"), deployed, batch, settings, size)
             for name in formats:
-                tell(f"exporting to {name}")
-                made = artifacts.FORMATS[name](job)
-                report.notes += made.notes
-                report.artifacts[name] = made.about
-                if made.missing:
-                    report.failures.append(made.missing)
-                    outcome.status = outcome.status or MISSING
-                    tell(made.missing)
-                    continue
-                if made.failures:
-                    report.failures += made.failures
-                    outcome.status = UNPROVED
-                outcome.artifacts[name] = _keep(made.path, target, report, name, tell, proved=not made.failures)
-        except (Unproved, artifacts.ExportFailed) as error:
-            report.failures.append(str(error))
-            outcome.status = UNPROVED
-            if (work / f"{stem}.pt").exists() and "pt" not in outcome.artifacts:
-                outcome.artifacts["pt"] = _keep(work / f"{stem}.pt", target, report, "pt", tell, proved=False)
-        report.status = outcome.status
-        report.write(target / f"{stem}_report.json")
-    return outcome
+                making.add(name, job)
+        except Unproved as error:
+            making.fail(str(error))
+            if making.path(".pt").exists():
+                making.keep("pt", making.path(".pt"), proved=False)
+        report.status = making.status
+        report.write(making.path("_report.json"))
+        making.place()
+    return Outcome(making.status, report, making.places)
+
+
+@dataclass
+class Making:
+    """The files of a run: made in a folder of their own, and given their places together, when all is done."""
+
+    report: Report
+    target: Path
+    stem: Path  # in the work folder, without ending
+    tell: Callable[[str], object]
+    status: int = PROVED
+    places: dict[str, Path] = field(default_factory=dict)  # where each will be
+    moves: list[tuple[Path, Path]] = field(default_factory=list)
+
+    def path(self, ending: str) -> Path:
+        return self.stem.with_name(self.stem.name + ending)
+
+    def fail(self, what: str, status: int = UNPROVED) -> None:
+        """Note a failure; the gravest status stays."""
+        self.report.failures.append(what)
+        self.status = status if self.status != UNPROVED else UNPROVED
+
+    def add(self, name: str, job: artifacts.Job) -> None:
+        """Make the artefact of one format, and keep it under a name that says whether it is proved."""
+        self.tell(f"exporting to {name}")
+        try:
+            made = artifacts.FORMATS[name](job)
+        except artifacts.ExportFailed as error:
+            if disk_is_full(error):
+                raise TargetError(f"cannot write to {self.target}: No space left on device. Free the space on it") from error
+            self.fail(str(error))
+            self.tell(str(error))
+            return
+        self.report.notes += made.notes
+        self.report.artifacts[name] = made.about
+        if made.missing:
+            self.fail(made.missing, MISSING)
+            self.tell(made.missing)
+            return
+        for failure in made.failures:
+            self.fail(failure)
+        self.keep(name, made.path, proved=not made.failures)
+
+    def keep(self, name: str, made: Path, *, proved: bool = True) -> None:
+        """A finished file, and where it will be: under its good name only if it is proved."""
+        path = self.target / (made.name if proved else f"{made.stem}.unproved{made.suffix}")
+        self.places[name] = path
+        self.moves.append((made, path))
+        about = self.report.artifacts.setdefault(name, {})
+        about.update(path=path.name, sha256=sha256(made), bytes=made.stat().st_size, proved=proved)
+
+    def place(self) -> None:
+        """Give everything its place, the report last: its hashes tell whether all others are of the same run."""
+        report = self.path("_report.json")
+        place([*self.moves, (report, self.target / report.name)])
+        for _, path in self.moves:
+            proved = ".unproved" not in path.suffixes
+            self.tell(f"{'wrote' if proved else 'NOT PROVED, kept as'} {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _check_numbers(loaded: checkpoint.Checkpoint) -> None:
+    try:
+        check_numbers(loaded.model)
+    except FoldError as error:
+        raise Refused(f"{loaded.path} cannot be fused: {error}", "nothing was written") from error
 
 
 def image_size(given: int | Sequence[int] | None, loaded: checkpoint.Checkpoint) -> tuple[int, int]:
@@ -149,16 +202,9 @@ def image_size(given: int | Sequence[int] | None, loaded: checkpoint.Checkpoint)
     return height, width
 
 
-def _fused(
-    loaded: checkpoint.Checkpoint,
-    target: Path,
-    batch: Tensor,
-    paths: Sequence[Path],
-    report: Report,
-    tell: Callable[[str], object],
-) -> nn.Module:
-    """The deploy model as written to `target` and read back, proved against the trained one."""
-    model = loaded.model
+def _fused(loaded: checkpoint.Checkpoint, making: Making, batch: Tensor, paths: Sequence[Path]) -> nn.Module:
+    """The deploy model as written and read back, proved against the trained one."""
+    model, report, target = loaded.model, making.report, making.path(".pt")
     layers = multi_branch(model)
     if not layers:
         report.notes.append(f"{loaded.path.name} has no multi-branch layers: it is exported as it is")
@@ -179,7 +225,7 @@ def _fused(
     report.proofs["fuse"] = proof(compared)
     bad = [layer for layer in report.layers if not layer.ok]
     worst = max((layer.error for layer in report.layers), default=0.0)
-    tell(
+    making.tell(
         f"fused {len(layers)} multi-branch layers: {report.counts['before'].convs} -> {after.convs} convolutions, "
         f"largest error {compared.error:.1e} of an output's range, {worst:.1e} of a layer's"
     )
@@ -200,23 +246,6 @@ def counts(model: nn.Module, batch: Tensor) -> Counts:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         gflops=round(float(get_flops(model, list(batch.shape[2:]))), 3),
     )
-
-
-def _keep(
-    made: Path, target: Path, report: Report, name: str, tell: Callable[[str], object], *, proved: bool = True
-) -> Path:
-    """Give a file its place, under its good name only if it is proved."""
-    path = target / (made.name if proved else f"{made.stem}.unproved{made.suffix}")
-    digest = sha256(made)
-    with replacing(path) as temporary:
-        if name == "pt":  # the exporter reads it again
-            temporary.write_bytes(made.read_bytes())
-        else:
-            os.replace(made, temporary)
-    about = report.artifacts.setdefault(name, {})
-    about.update(path=path.name, sha256=digest, bytes=path.stat().st_size, proved=proved)
-    tell(f"{'wrote' if proved else 'NOT PROVED, kept as'} {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return path
 
 
 def _source(loaded: checkpoint.Checkpoint, trust: bool) -> dict[str, Any]:

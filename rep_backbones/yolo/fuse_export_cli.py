@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +26,14 @@ ENDS = {
     UNPROVED: "NOT PROVED; do not deploy what is named .unproved. The report says where it differs",
     MISSING: "all that can be made here is made and proved",
 }
+FAILED = "not everything could be made; what is there is proved"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (the process's own by default); returns the exit status."""
     options = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     settings = Settings(
         formats=tuple(options.format),
         imgsz=tuple(options.imgsz) if options.imgsz else None,
@@ -53,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for failure in outcome.report.failures:
         if outcome.status == UNPROVED:
             print(f"fuse_export: {failure}", file=sys.stderr)
-    _say(f"{ENDS[outcome.status]} (exit status {outcome.status})")
+    unproved = any(".unproved" in path.suffixes for path in outcome.artifacts.values())
+    end = FAILED if outcome.status == UNPROVED and not unproved else ENDS[outcome.status]
+    _say(f"{end} (exit status {outcome.status})")
     return outcome.status
 
 
@@ -64,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         "same, and export it. Writes <stem>_deploy.pt, the artefacts beside it, and <stem>_deploy_report.json.",
         epilog="Exit status: 0 all proved; 2 bad input; 3 a proof failed; 4 a backend is missing; 130 interrupted.",
     )
-    parser.add_argument("weights", help="a checkpoint of Ultralytics, such as runs/detect/train/weights/best.pt")
+    parser.add_argument(
+        "weights", help="a checkpoint of Ultralytics, such as runs/detect/train/weights/best.pt; in front of --format"
+    )
     parser.add_argument(
         "--format",
         nargs="+",
@@ -82,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust", action="store_true", help="unpickle the file with all code that it holds")
     parser.add_argument("--verbose", action="store_true", help="show what Ultralytics says while it exports")
     return parser
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt  # what was made so far is cleared away, as after Ctrl-C
 
 
 def _say(line: str) -> None:

@@ -21,7 +21,7 @@ YOLOV6 = {
     "efficientrep-l.yaml": (38_472_533, 14_490_520),
 }
 PACKAGED = names.packaged()
-BUILT = [*YOLOV6, "yolo11n-repconv.yaml"]
+BUILT = [*YOLOV6, "efficientrep-qa-n.yaml", "yolo11n-repconv.yaml"]
 
 
 def on_paper(name):

@@ -100,6 +100,8 @@ class PoolPyramid(nn.Module):
 
     def __init__(self, k: int = 5) -> None:
         super().__init__()
+        if type(k) is not int or k < 1 or k % 2 == 0:
+            raise ValueError(f"k={k!r}: pooling keeps the size for odd kernels only; accepted are 1, 3, 5, ...")
         self.pool = nn.MaxPool2d(k, 1, k // 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -199,3 +199,12 @@ def test_published_counts_of_a_stage() -> None:
         stage = LAYERS["BepC3"].cls(C1, C2, n)
         assert sum(type(m).__name__ == "BottleRep" for m in stage.modules()) == expected
         assert sum(name.endswith("alpha") and p.numel() == 1 for name, p in stage.named_parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"s": 0}, "s=0"), ({"k": 3.0}, "k=3.0"), ({"k": -1}, "k=-1"), ({"d": (1, 0)}, r"d=\(1, 0\)"), ({"p": -1}, "p=-1")],
+)
+def test_sizes_that_are_none_are_refused(given: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{said} is not accepted; give a whole number from"):
+        LAYERS["RepConv"].cls(8, 8, **given)

@@ -135,6 +135,9 @@ def test_demo_on_a_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     made = {path.name for path in tmp_path.iterdir()}
     assert {"best_deploy.pt", "best_deploy.onnx", "best_deploy_report.json", "detections.png"} <= made
     assert "training: 100%" in capsys.readouterr().err
+    monkeypatch.setitem(demo.TRAINING, "epochs", 1)
+    assert demo.demo(tmp_path / "again", epochs=1, train=8, val=8) == 3, "what has learned nothing is no success"
+    assert "where 0.8 is to be expected" in capsys.readouterr().err
 
 
 def test_benchmark_table_and_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -247,6 +247,10 @@ def test_a_trunk_of_our_layers_has_the_lighter_head():
         ([-1, 1, "RepConv", [8, {"act": "Relu"}]], r"RepConv cannot be made.*Relu"),
         ([-1, 1, "RepConv", [8, {"act": "nn.ReLU(exit())"}]], r"act must be a class of torch.nn"),
         ([-1, 1, "RepConv", [8, {"act": "nn.functional"}]], r"act must be|Relu|functional"),
+        ([[-1, 0], 1, "RepConv", [8]], r"RepConv takes one input, got 2; put a Concat row in front: \[\[-1, 0\], 1, Concat"),
+        ([-1, 6, "BepC3", [8, 0.0]], r"BepC3 cannot be made.*e=0.0 of 8 channels leaves none inside"),
+        ([-1, 1, "CSPStage", [8, {"e": 0.1}]], r"e=0.1 of 8 channels leaves none.*at least 0.125"),
+        ([-1, 1, "SimSPPF", [8, 4]], r"SimSPPF cannot be made.*k=4: pooling keeps the size for odd kernels only"),
         ([-1, 1, "RepVGGBlock", [8, {"se": "yes"}]], r"RepVGGBlock: se must be of type bool, got 'yes'"),
     ],
 )
@@ -265,6 +269,11 @@ def test_a_parser_error_of_a_stock_row_is_upstreams_own():
         parse([-1, 1, "Conv", [8]], [[0, 0], 1, "Conv", [8]])
     with pytest.raises(type(theirs.value)):
         parse([-1, 1, "RepConv", [8]], [[0, 0], 1, "Conv", [8]])
+
+
+def test_a_stock_row_with_wrong_arguments_is_named():
+    with pytest.raises(TypeError, match=r"row 2 \(backbone\[2\]\).*Conv: .*positional arguments"):
+        parse([-1, 1, "RepConv", [8]], [-1, 1, "Conv", [8]], [-1, 1, "Conv", [8, 3, 1, None, 1, 1, True, 5, 6]])
 
 
 @settings(max_examples=150, deadline=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from rep_backbones.blocks.parts import Act
+from rep_backbones.blocks.parts import Act, hidden_channels
 from rep_backbones.blocks.plain import ConvBNAct
 from rep_backbones.blocks.repvgg import RepVGGBlock
 from rep_backbones.containers import Concat, PoolPyramid, Residual, Scale
@@ -48,7 +48,7 @@ class BepC3(nn.Sequential):
     """
 
     def __init__(self, c1: int, c2: int, n: int = 1, e: float = 0.5, act: Act = True, rep: bool = True) -> None:
-        hidden = int(c2 * e)
+        hidden = hidden_channels(c2, e)
         stage = nn.Sequential(*(BottleRep(hidden, hidden, act=act, rep=rep) for _ in range(max(n // 2, 1))))
         deep = nn.Sequential(ConvBNAct(c1, hidden, 1, act=act), stage)
         super().__init__(Concat([deep, ConvBNAct(c1, hidden, 1, act=act)]), ConvBNAct(2 * hidden, c2, 1, act=act))
@@ -70,7 +70,7 @@ class SimCSPSPPF(nn.Sequential):
     """
 
     def __init__(self, c1: int, c2: int, k: int = 5, e: float = 0.5, act: Act = True) -> None:
-        h = int(c2 * e)
+        h = hidden_channels(c2, e)
         deep = nn.Sequential(
             ConvBNAct(c1, h, 1, act=act),
             ConvBNAct(h, h, 3, act=act),

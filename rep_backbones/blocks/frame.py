@@ -35,8 +35,13 @@ class Frame:
         """The frame of a block's arguments.
 
         Raises:
-            ValueError: for groups that do not divide the channels.
+            ValueError: for sizes that are no whole numbers or too small, and groups that do not divide the channels.
         """
+        least = {"c1": (c1, 1), "c2": (c2, 1), "k": (k, 1), "s": (s, 1), "d": (d, 1), "p": (0 if p is None else p, 0)}
+        for name, (value, smallest) in least.items():
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
+            if any(type(n) is not int or n < smallest for n in numbers):
+                raise ValueError(f"{name}={value!r} is not accepted; give a whole number from {smallest}, or a pair of them")
         return Frame(c1, c2, pair(k), pair(s), same_padding(k, d, p), group_count(g, c1, c2), pair(d))
 
     def branch(self, k: Size | None = None, d: Size | None = None, c1: int | None = None) -> nn.Sequential:

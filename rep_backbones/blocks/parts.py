@@ -43,6 +43,17 @@ def activation(act: Act, default: type[nn.Module]) -> nn.Module:
     )
 
 
+def hidden_channels(c: int, e: float) -> int:
+    """`int(c * e)`, of which there must be one.
+
+    Raises:
+        ValueError: for an `e` that leaves none.
+    """
+    if not (hidden := int(c * e)) > 0:
+        raise ValueError(f"e={e!r} of {c} channels leaves none inside; accepted are fractions of at least {1 / c:.3g}")
+    return hidden
+
+
 def same_padding(k: Size, d: Size = 1, p: Size | None = None) -> Pair:
     """`p`, or the padding that keeps the size at stride 1: `d * (k - 1) // 2` per axis."""
     if p is not None:

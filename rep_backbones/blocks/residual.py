@@ -13,7 +13,7 @@ from collections import OrderedDict
 from torch import nn
 
 from rep_backbones.blocks.frame import Frame
-from rep_backbones.blocks.parts import Act, Groups, Size, activation, conv_bn
+from rep_backbones.blocks.parts import Act, Groups, Size, activation, conv_bn, hidden_channels
 from rep_backbones.blocks.plain import ConvBNAct
 from rep_backbones.containers import Block, Concat, Parallel, Residual, Scale, Split
 from rep_backbones.registry import layer_named, register_layer
@@ -98,7 +98,7 @@ class CSPStage(nn.Sequential):
     """
 
     def __init__(self, c1: int, c2: int, n: int = 1, block: str = "RepVGGBlock", e: float = 0.5, act: Act = True) -> None:
-        hidden, layer = int(c2 * e), layer_named(block)
+        hidden, layer = hidden_channels(c2, e), layer_named(block)
         blocks = [layer.cls(hidden, hidden, *([1] if layer.repeats == "inside" else [])) for _ in range(n)]
         halves = Concat([conv_bn(c1, hidden), conv_bn(c1, hidden)])
         super().__init__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from rep_backbones.blocks.parts import Act, activation
+from rep_backbones.blocks.parts import Act, activation, hidden_channels
 from rep_backbones.blocks.plain import ConvBNAct
 from rep_backbones.containers import Concat, PoolPyramid
 from rep_backbones.registry import register_layer
@@ -24,7 +24,7 @@ class SPPCSPC(nn.Sequential):
     """
 
     def __init__(self, c1: int, c2: int, k: int = 5, e: float = 0.5, act: Act = True) -> None:
-        h = int(2 * c2 * e)
+        h = hidden_channels(2 * c2, e)
 
         def layer(given: int, out: int, size: int) -> ConvBNAct:
             return ConvBNAct(given, out, size, act=activation(act, nn.SiLU))

@@ -24,6 +24,7 @@ from rep_backbones.yolo.switches import no_installs, quiet
 from rep_backbones.yolo.trainer import RepTrainer
 
 SIZE = 160  # pixels
+LEARNED = 0.8  # AP50 that each form has after the default number of epochs
 BAR = "{desc}: {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total}, {elapsed}<{remaining} {postfix}"
 TRAINING = {
     "epochs": 12,
@@ -87,6 +88,10 @@ def demo(out: Path, epochs: int, train: int = 320, val: int = 80) -> int:
         size=SIZE,
     )
     _say(f"{time.monotonic() - start:.0f} s; the picture is {out / 'detections.png'}\n\n{table(forms)}")
+    worst = min(form.ap.ap50 for form in forms)
+    if epochs >= TRAINING["epochs"] and worst < LEARNED:
+        print(f"demo: AP50 is {worst:.3f}, where {LEARNED} is to be expected: something is wrong here", file=sys.stderr)
+        return fuse_export.UNPROVED
     return outcome.status
 
 

@@ -88,8 +88,25 @@ def parser(stock: Parser) -> Parser:
             if unknown := next((row for row in rows if not row.layer and not _is_stock(row.given[2])), None):
                 raise unknown.error(_unknown(unknown.given[2])) from error
             raise
+        except TypeError as error:  # of a stock layer, which does not say where it stands
+            if culprit := _first_failing(stock, d, rows, ch):
+                raise TypeError(str(culprit.error(f"{culprit.given[2]}: {error}"))) from error
+            raise
 
     return parse_model
+
+
+def _first_failing(stock: Parser, d: Config, rows: list[Row], ch: int) -> Row | None:
+    """The stock row at which parsing fails, if it is one: the rows before it parse."""
+    for row in rows:
+        shorter = {**d, "backbone": [r.given for r in rows[: row.index + 1]], "head": []}
+        try:
+            _parse(stock, shorter, rows[: row.index + 1], ch, verbose=False)
+        except TypeError:
+            return None if row.layer else row
+        except Exception:  # another error, which says what it is
+            return None
+    return None
 
 
 def read_rows(d: Config) -> list[Row]:
@@ -131,6 +148,10 @@ def _read_row(index: int, where: str, given: Any, d: Config) -> Row:
             "`from` must be the number of an earlier row, counted from 0, or from here if negative, "
             "or a list of such numbers"
         )
+    if multiple and len(source) > 1 and _takes_one_input(layer):
+        raise row.error(
+            f"{layer.name} takes one input, got {len(source)}; put a Concat row in front: [{list(source)}, 1, Concat, [1]]"
+        )
     row = Row(index, where, given, list(source) if multiple else source, repeats, layer)
     if any(not (0 <= i < index or (i == -1 and index == 0 and not multiple)) for i in row.sources):
         raise row.error(f"`from` must point to rows before this one, 0 to {index - 1}, or -{index} to -1, got {source!r}")
@@ -149,6 +170,18 @@ def _read_row(index: int, where: str, given: Any, d: Config) -> Row:
     row = Row(index, where, given, row.source, repeats, layer, tuple(rest), kwargs, c2)
     _check_types(row, _bind(row, c2, c2, 1))
     return row
+
+
+def _takes_one_input(layer: Layer) -> bool:
+    return _hints(layer).get("c1") is int
+
+
+def _hints(layer: Layer) -> dict[str, Any]:
+    """The annotations of a layer's constructor; none where they cannot be resolved, which says nothing about a row."""
+    try:
+        return get_type_hints(layer.cls.__init__)  # type: ignore[misc]
+    except Exception:
+        return {}
 
 
 def _value(given: Any, d: Config) -> Any:
@@ -190,10 +223,7 @@ def _accepted(layer: Layer) -> str:
 def _check_types(row: Row, bound: inspect.BoundArguments) -> None:
     """Refuse a value of another type than the constructor's annotation names, where that is a plain one."""
     assert row.layer is not None
-    try:
-        hints = get_type_hints(row.layer.cls.__init__)  # type: ignore[misc]
-    except Exception:  # annotations that cannot be resolved here say nothing about the row
-        hints = {}
+    hints = _hints(row.layer)
     for name, value in list(bound.arguments.items())[2:]:
         if not _fits(value, hints.get(name, Any)):
             wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else hints[name]
@@ -250,7 +280,7 @@ def _is_stock(name: Any) -> bool:
 
 def _unknown(name: Any) -> str:
     modules = [key for key, value in vars(tasks).items() if isinstance(value, type) and issubclass(value, nn.Module)]
-    near = difflib.get_close_matches(str(name), [*LAYERS, *modules], n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), dict.fromkeys([*LAYERS, *modules]), n=3, cutoff=0.6)
     return (
         f"unknown layer {name!r}. "
         + (f"Did you mean {' or '.join(near)}? " if near else "")

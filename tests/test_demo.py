@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rep_backbones.yolo import benchmark, demo, shapes
 from rep_backbones.yolo.coco_ap import coco_ap, detections
+from rep_backbones.yolo.dataset import open_data
 from rep_backbones.yolo.gallery import gallery
 
 SIZE = 96
@@ -97,14 +98,13 @@ def oracle(folder: Path, shift: float = 0.0, wrong_class: bool = False):
 )
 def test_ap_of_known_answers(drawn: Path, changes: dict, ap50: float, ap: float) -> None:
     names = dict(enumerate(shapes.NAMES))
-    annotations = drawn / "annotations" / "instances_val.json"
-    found = coco_ap(oracle(drawn, **changes), annotations, drawn / "images" / "val", names=names, size=SIZE)
+    found = coco_ap(oracle(drawn, **changes), open_data(drawn), names=names, size=SIZE)
     assert found.ap50 == pytest.approx(ap50, abs=0.02) and found.ap == pytest.approx(ap, abs=0.02)
 
 
 def test_classes_of_another_data_set_are_told(drawn: Path) -> None:
     with pytest.raises(ValueError, match="has the classes circle, square, triangle; the detector has cat"):
-        coco_ap(oracle(drawn), drawn / "annotations/instances_val.json", drawn, names={0: "cat"}, size=SIZE)
+        coco_ap(oracle(drawn), open_data(drawn), names={0: "cat"}, size=SIZE)
 
 
 def test_boxes_are_in_the_pixels_of_the_picture(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -12,78 +13,112 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from tqdm import tqdm
 from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import scale_boxes
 
+from rep_backbones.export.files import replacing
+from rep_backbones.yolo.dataset import DataSet
 from rep_backbones.yolo.pictures import pictures
 
-Predict = Callable[[Tensor], Tensor]  # (n, 3, h, w) in [0, 1] -> (n, 4 + nc, anchors): boxes as centre and size, and scores
+# (n, 3, h, w) in [0, 1] -> (n, 4 + nc, anchors), boxes as centre and size, and scores; or final rows (n, k, 6)
+Predict = Callable[[Tensor], Tensor]
+Found = np.ndarray[Any, Any]  # (rows, 7): picture, x, y, width, height, score, category
 
 
 @dataclass(frozen=True)
 class AP:
-    """COCO's averages over the classes: at IoU 0.50:0.95, at 0.50, and at 0.75, each in [0, 1]."""
+    """COCO's averages over the classes, each in [0, 1]: at IoU 0.50:0.95, 0.50 and 0.75, and for boxes of under 32, under 96
+    and over 96 pixels squared; None where the data set has no box of that size.
+    """
 
     ap: float
     ap50: float
     ap75: float
+    small: float | None = None
+    medium: float | None = None
+    large: float | None = None
 
 
 def coco_ap(
-    predict: Predict, annotations: Path, images: Path, *, names: Mapping[int, str], size: int, title: str = ""
+    predict: Predict, data: DataSet, *, names: Mapping[int, str], size: int | tuple[int, int], title: str = ""
 ) -> AP:
-    """Evaluate a detector on a data set in COCO form.
+    """Evaluate a detector.
 
     Args:
-        predict: the detector without NMS.
-        annotations: COCO's JSON; its categories are found by name.
-        images: the folder that its file names are relative to.
+        predict: the detector without NMS, or with it in the graph.
         names: of the detector's classes, by index.
         size: height and width in pixels that pictures are letterboxed to.
         title: of the progress bar; none if empty.
 
     Raises:
-        ValueError: the data set has none of the classes, or a picture is missing.
+        ValueError: the data set has none of the classes, or a picture cannot be read.
     """
+    return evaluate(data, found_in(predict, data, names=names, size=size, title=title))
+
+
+def found_in(
+    predict: Predict, data: DataSet, *, names: Mapping[int, str], size: int | tuple[int, int], title: str = ""
+) -> Found:
+    """All that a detector finds in a data set, in pixels of each picture; what is kept of one picture are its rows alone."""
+    category = data.categories(names)
+    rows: list[Found] = [np.empty((0, 7))]
+    for picture in tqdm(data.pictures, desc=title, disable=not title, unit="picture"):
+        kept = [found for found in detections(predict, picture.path, size) if int(found[5]) in category]
+        if kept:
+            x1, y1, x2, y2, score, kind = np.array(kept).T
+            of = np.array([category[int(k)] for k in kind])
+            rows.append(np.stack([np.full_like(x1, picture.id), x1, y1, x2 - x1, y2 - y1, score, of], 1))
+    return np.concatenate(rows)
+
+
+def evaluate(data: DataSet, found: Found) -> AP:
+    """COCO's numbers for what was found."""
+    if not len(found):
+        return AP(0.0, 0.0, 0.0, *(None if none else 0.0 for none in _empty_sizes(data)))
     with redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-    by_name = {category["name"]: category["id"] for category in truth.dataset["categories"]}
-    category = {index: by_name[name] for index, name in names.items() if name in by_name}
-    if not category:
-        raise ValueError(f"{annotations} has the classes {', '.join(by_name)}; the detector has {', '.join(names.values())}")
-    results = []
-    entries = truth.dataset["images"]
-    for entry in tqdm(entries, desc=title, disable=not title):
-        for *box, score, kind in detections(predict, images / entry["file_name"], size):
-            if int(kind) in category:
-                x1, y1, x2, y2 = box
-                results.append(
-                    {
-                        "image_id": entry["id"],
-                        "category_id": category[int(kind)],
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": score,
-                    }
-                )
-    if not results:
-        return AP(0.0, 0.0, 0.0)
-    with redirect_stdout(io.StringIO()):
-        evaluation: Any = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation: Any = COCOeval(data.truth, data.truth.loadRes(found), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return AP(*(float(value) for value in evaluation.stats[:3]))
+    values = [float(value) for value in evaluation.stats[:6]]
+    return AP(*values[:3], *(None if value < 0 else value for value in values[3:]))
 
 
-def detections(predict: Predict, picture: Path, size: int, confidence: float = 0.001) -> Iterator[list[float]]:
+def _empty_sizes(data: DataSet) -> list[bool]:
+    areas = [annotation["area"] for annotation in data.truth.dataset["annotations"]]
+    bounds = (0, 32**2, 96**2, float("inf"))
+    return [not any(low <= area < high for area in areas) for low, high in zip(bounds, bounds[1:])]
+
+
+def save(found: Found, path: Path) -> None:
+    """Write detections as COCO's JSON of results, in which scores and pixels have four digits.
+
+    Raises:
+        TargetError: `path` cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for index, (picture, *box, score, kind) in enumerate(found.tolist()):
+            about = {"image_id": int(picture), "category_id": int(kind), "bbox": [round(v, 4) for v in box]}
+            stream.write(("[\n" if not index else ",\n") + json.dumps({**about, "score": round(score, 4)}))
+        stream.write("\n]\n" if len(found) else "[]\n")
+
+
+def detections(
+    predict: Predict, picture: Path, size: int | tuple[int, int], confidence: float = 0.001
+) -> Iterator[list[float]]:
     """What is detected in a picture: x1, y1, x2, y2 in its own pixels, score and class index."""
-    batch = pictures((size, size), paths=[picture])
+    boxed = (size, size) if isinstance(size, int) else size
+    batch = pictures(boxed, paths=[picture])
     shape = np.asarray(cv2.imread(str(picture))).shape[:2]
     with torch.no_grad():
-        found = non_max_suppression(predict(batch), conf_thres=confidence, iou_thres=0.7, max_det=300)[0]
-    found[:, :4] = scale_boxes((size, size), found[:, :4], shape)
+        output = predict(batch)
+        final = output.dim() == 3 and output.shape[2] == 6 and output.shape[1] != 6  # rows of NMS or of an end-to-end head
+        if final:
+            found = output[0][output[0][:, 4] > confidence]
+        else:
+            found = non_max_suppression(output, conf_thres=confidence, iou_thres=0.7, max_det=300)[0]
+    found[:, :4] = torch.as_tensor(scale_boxes(boxed, found[:, :4], shape))
     yield from found[:, :6].tolist()

@@ -17,6 +17,7 @@ from ultralytics import YOLO
 
 from rep_backbones.export.files import TargetError, replacing, writable_folder
 from rep_backbones.yolo import fuse_export
+from rep_backbones.yolo.dataset import open_data
 from rep_backbones.yolo.forms import evaluated, onnx_predictor, table
 from rep_backbones.yolo.gallery import gallery
 from rep_backbones.yolo.shapes import NAMES, make_shapes
@@ -76,20 +77,20 @@ def demo(out: Path, epochs: int, train: int = 320, val: int = 80) -> int:
     if outcome.status != fuse_export.PROVED:
         print("demo: " + "\n".join(outcome.report.failures), file=sys.stderr)
         return outcome.status
-    annotations, images = data.parent / "annotations" / "instances_val.json", data.parent / "images" / "val"
-    forms = evaluated(weights, outcome, annotations, images, SIZE)
+    pictures = open_data(data)
+    forms = evaluated(weights, outcome, pictures, SIZE)
     with replacing(out / "table.md") as temporary:
         temporary.write_text(table(forms))
     gallery(
         onnx_predictor(outcome.artifacts["onnx"]),
-        sorted(images.glob("*.jpg"))[:8],
+        [picture.path for picture in pictures.pictures[:8]],
         out / "detections.png",
         names=dict(enumerate(NAMES)),
         size=SIZE,
     )
     _say(f"{time.monotonic() - start:.0f} s; the picture is {out / 'detections.png'}\n\n{table(forms)}")
     worst = min(form.ap.ap50 for form in forms)
-    if epochs >= TRAINING["epochs"] and worst < LEARNED:
+    if epochs >= int(str(TRAINING["epochs"])) and worst < LEARNED:
         print(f"demo: AP50 is {worst:.3f}, where {LEARNED} is to be expected: something is wrong here", file=sys.stderr)
         return fuse_export.UNPROVED
     return outcome.status

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rep_backbones.export.onnx_model import OnnxModel
 from rep_backbones.yolo import checkpoint
 from rep_backbones.yolo.coco_ap import AP, Predict, coco_ap
+from rep_backbones.yolo.dataset import DataSet
 from rep_backbones.yolo.fuse_export import Outcome
 
 
@@ -41,9 +42,7 @@ def onnx_predictor(path: Path) -> Predict:
     return lambda x: graph(x)[0]
 
 
-def evaluated(
-    weights: Path, outcome: Outcome, annotations: Path, images: Path, size: int, *, progress: bool = True
-) -> list[Form]:
+def evaluated(weights: Path, outcome: Outcome, data: DataSet, size: int, *, progress: bool = True) -> list[Form]:
     """Evaluate the trained checkpoint and what `fuse_export.run` made of it, by pycocotools on square pictures of `size`."""
     trained = checkpoint.load_precise(weights, trust=True)  # our own run wrote it
     report = outcome.report
@@ -68,9 +67,7 @@ def evaluated(
             name,
             convs,
             error,
-            coco_ap(
-                load(), annotations, images, names=trained.names, size=size, title=f"evaluating {name}" if progress else ""
-            ),
+            coco_ap(load(), data, names=trained.names, size=size, title=f"evaluating {name}" if progress else ""),
         )
         for name, convs, error, load in rows
     ]

@@ -70,12 +70,15 @@ def clipped(model: onnx.ModelProto, layers: Sequence[str], steps: int = 20) -> o
     return graph.model
 
 
-def bias_corrected(model: onnx.ModelProto, layers: Sequence[str], pictures: Iterable[Array]) -> onnx.ModelProto:
-    """A copy whose biases make up for what rounding the kernels of `layers` to int8 adds on average, over `pictures`."""
+def bias_corrected(model: onnx.ModelProto, layers: Sequence[str], means: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """A copy whose biases make up for what rounding the kernels of `layers` to int8 adds on average.
+
+    `means` are those of `input_means`. It is right only for layers that are then quantized.
+    """
     graph = _Graph(model)
-    nodes = [node for node in graph.convs() if node.name in layers]
-    means = _input_means(model, [node.input for node in nodes], pictures)
-    for node in nodes:
+    for node in graph.convs():
+        if node.name not in layers:
+            continue
         value = graph.value(node)
         flat = value.weight.flatten(1)
         peak = flat.abs().amax(1, keepdim=True).clamp_min(1e-30)
@@ -98,10 +101,10 @@ def _unpadded(value: AffineConv) -> AffineConv:
     return AffineConv(value.weight, value.bias, groups=value.groups)
 
 
-def _input_means(model: onnx.ModelProto, names: Sequence[str], pictures: Iterable[Array]) -> Mapping[str, Tensor]:
-    """The mean of each tensor named, per channel, over pictures and pixels."""
+def input_means(model: onnx.ModelProto, pictures: Iterable[Array]) -> Mapping[str, Tensor]:
+    """The mean of what enters each convolution, by tensor, per channel `(c1,)`, over pictures and pixels."""
     observed = copy.deepcopy(model)
-    wanted = list(dict.fromkeys(names))
+    wanted = list(dict.fromkeys(node.input for node in _Graph(model).convs()))
     known = {value.name for value in (*observed.graph.output, *observed.graph.input)}
     observed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in known)
     run, totals, count = Runner(observed), {name: 0.0 for name in wanted}, 0

@@ -135,6 +135,28 @@ def quantized(model: onnx.ModelProto, ranges: TensorsData, quantize: Sequence[st
     return made
 
 
+def tails(model: onnx.ModelProto) -> list[str]:
+    """The outputs of the last layers, behind which nothing multiplies: the raw maps of a head, in front of its decode."""
+    used: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            used.setdefault(name, []).append(node)
+    last: dict[str, bool] = {}
+    for node in reversed(model.graph.node):  # in order: what is used comes later
+        after = [user for name in node.output for user in used.get(name, [])]
+        last[node.name] = not any(user.op_type in MULTIPLYING or not last[user.name] for user in after)
+    wanted = set(layers(model))
+    return [node.output[0] for node in model.graph.node if node.name in wanted and last[node.name]]
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy that gives these tensors instead of its outputs."""
+    model = copy.deepcopy(model)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return model
+
+
 class Runner:
     """A model in memory on the CPU, `(n, c, h, w)` -> its outputs."""
 

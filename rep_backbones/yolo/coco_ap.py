@@ -80,6 +80,7 @@ def evaluate(data: DataSet, found: Found) -> AP:
         return AP(0.0, 0.0, 0.0, *(None if none else 0.0 for none in _empty_sizes(data)))
     with redirect_stdout(io.StringIO()):
         evaluation: Any = COCOeval(data.truth, data.truth.loadRes(found), "bbox")
+        evaluation.params.imgIds = [picture.id for picture in data.pictures]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

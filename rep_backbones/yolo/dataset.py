@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class DataSet:
     truth: COCO
     names: dict[int, str] = field(default_factory=dict)
     calibration: list[Path] = field(default_factory=list)
+
+    def some(self, count: int) -> DataSet:
+        """At most `count` of its pictures, evenly spread."""
+        step = max(-(-len(self.pictures) // count), 1)
+        return replace(self, pictures=self.pictures[::step])
 
     def categories(self, names: Mapping[int, str]) -> dict[int, int]:
         """The category id of each class of a detector, found by name, such as COCO's 1 to 90 for its 80 classes.

@@ -6,6 +6,7 @@ Everything in it that comes from a report, a model or a picture is escaped by th
 from __future__ import annotations
 
 import math
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ VERDICTS = {  # exit status -> what is seen at once, its class, and what it mean
     0: ("Proved", "good", "The files compute what the trained model computes."),
     3: ("Not proved", "bad", "A proof failed, or a step did. Do not deploy what is named .unproved."),
     4: (
-        "Proved, one format is missing",
+        "Proved, but not complete",
         "warn",
         "All that could be made here is proved; something that was asked for is not here.",
     ),
@@ -105,14 +106,20 @@ def page(report: Mapping[str, Any], sketches: Sketches | None = None) -> str:
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"error": _error, "size": _size, "number": _number, "form": form, "percent": _percent}
+    environment.filters |= {
+        "error": _error,
+        "size": _size,
+        "number": _number,
+        "form": form,
+        "percent": _percent,
+        "words": _words,
+    }
     verdict = VERDICTS.get(report["status"], VERDICTS[3])
     return environment.get_template("report.html.jinja").render(
         r=report,
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),  # our own file
         verdict=verdict,
         stem=stem(report),
-        worst=max((_worst(layer["error"]) for layer in report["layers"]), default=None),
         tolerance=LAYER,
         forms=FORMS,
         averages=AVERAGES,
@@ -239,10 +246,6 @@ def _nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _worst(error: float | None) -> float:
-    return math.inf if error is None or math.isnan(error) else error
-
-
 def _difference(value: float | None, first: float | None) -> float | None:
     return None if value is None or first is None else value - first
 
@@ -257,6 +260,11 @@ def _percent(value: float | None, form: str = "{:.2f}") -> str:
 
 def _number(value: float) -> str:
     return f"{value:,}"
+
+
+def _words(name: str) -> Markup:
+    """The name of a class, which may be broken into lines where a word of it begins."""
+    return Markup("<wbr>").join(re.split("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", name))
 
 
 def _size(count: float) -> str:

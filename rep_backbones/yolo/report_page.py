@@ -93,7 +93,7 @@ def _convs(row: nn.Module) -> int:
 
 def _name(row: nn.Module) -> str:
     if type(row) is nn.Sequential and len(row):
-        return f"{type(row[0]).__name__} × {len(row)}"
+        return f"{type(row[0]).__name__} ×\u00a0{len(row)}"
     return type(row).__name__
 
 

@@ -58,7 +58,13 @@ def files(folder: Path) -> set[str]:
 def test_files_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = saved(tmp_path)
     assert main([str(weights)]) == 0
-    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy.onnx", "best_deploy_report.json"}
+    assert files(tmp_path) == {
+        "best.pt",
+        "best_deploy.pt",
+        "best_deploy.onnx",
+        "best_deploy_report.json",
+        "best_deploy_report.html",
+    }
     found = report(weights)
     assert found["schema"] == "rep_backbones/fuse_export/1" and found["status"] == 0 and found["failures"] == []
     assert found["settings"]["imgsz"] == [64, 64], "as trained"
@@ -136,7 +142,7 @@ def test_engine_without_a_gpu_keeps_onnx_and_gives_the_line(
     weights = saved(tmp_path)
     out = tmp_path / "a folder"
     assert main([str(weights), "--format", "engine", "--dynamic", "--half", "--batch", "4", "--out", str(out)]) == 4
-    assert files(out) == {"best_deploy.pt", "best_deploy.onnx", "best_deploy_report.json"}
+    assert files(out) == {"best_deploy.pt", "best_deploy.onnx", "best_deploy_report.json", "best_deploy_report.html"}
     line = json.loads((out / "best_deploy_report.json").read_text())["artifacts"]["engine"]["trtexec"]
     assert line == (
         f"trtexec --onnx='{out}/best_deploy.onnx' --saveEngine='{out}/best_deploy.engine' --minShapes=images:1x3x16x16 "
@@ -169,7 +175,7 @@ def test_wrong_kernel_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(AffineConv, "to_conv", slightly_wrong)
     assert main([str(weights)]) == 3
-    assert files(tmp_path) == {"best.pt", "best_deploy.unproved.pt", "best_deploy_report.json"}
+    assert files(tmp_path) == {"best.pt", "best_deploy.unproved.pt", "best_deploy_report.json", "best_deploy_report.html"}
     assert "layer model.1 (RepVGGBlock) is off by" in report(weights)["failures"][0]
     assert not report(weights)["artifacts"]["pt"]["proved"]
 
@@ -404,7 +410,7 @@ def test_an_exporter_that_fails_leaves_what_is_proved(
     assert main([str(weights)]) == 3
     told = capsys.readouterr()
     assert "exporting to onnx failed (RuntimeError: not today)" in told.err and "what is there is proved" in told.out
-    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy_report.json"}
+    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy_report.json", "best_deploy_report.html"}
 
 
 def test_model_without_branches_is_exported_with_a_note(tmp_path: Path) -> None:

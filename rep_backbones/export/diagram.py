@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -38,6 +38,14 @@ INCH = 0.42  # of one unit
 HEIGHT, GAP, MARGIN = 0.62, 0.3, 0.35  # of a box, between boxes, around branches; in units
 CHARACTER = 0.135  # width of one, in units
 CONV, NORM, OTHER, LINE, FAINT = "#cfe3f7", "#e4f2df", "#f6ead2", "#333333", "#777777"
+
+# text stays text and is nobody's formula, and the file is the same for the same layers
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rep_backbones",
+    "font.family": "sans-serif",
+    "text.parse_math": False,
+}
 
 Paint = Callable[[Axes, float, float], None]
 
@@ -69,12 +77,18 @@ def save(path: Path, forms: Sequence[tuple[str, nn.Module]]) -> None:
     Raises:
         TargetError: `path` cannot be written.
     """
+    kind = path.suffix[1:]
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        draw(stream, forms, kind)
+
+
+def draw(stream: IO[bytes], forms: Sequence[tuple[str, nn.Module]], kind: str = "svg", *, transparent: bool = False) -> None:
+    """The same into an open file, as "svg" or "png", on white paper or on none."""
     drawn = [(title, drawing(module)) for title, module in forms]
     widths = [max(d.width, len(title) * CHARACTER * 1.2) for title, d in drawn]
     between = 1.6
     width, height = sum(widths) + between * (len(drawn) - 1) + 0.6, max(d.height for _, d in drawn) + 2.3
-    # text stays text, and the file is the same for the same layers
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rep_backbones", "font.family": "sans-serif"}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width * INCH, height * INCH))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, width), ylim=(-height, 0))
@@ -91,10 +105,8 @@ def save(path: Path, forms: Sequence[tuple[str, nn.Module]]) -> None:
                 _arrow(axes, left + 0.25, -0.45, left + between - 0.25, -0.45)
                 axes.text(left + between / 2, -0.3, "fuse", ha="center", fontsize=8, color=FAINT)
             left += between
-        with replacing(path) as temporary:
-            figure.savefig(
-                temporary, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160
-            )
+        about = {"Date": None} if kind == "svg" else None
+        figure.savefig(stream, format=kind, metadata=about, dpi=160, transparent=transparent)
 
 
 # ---- what layers are called -----------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ class Counts:
 class LayerProof:
     """One multi-branch layer and its convolution, on the inputs that it meets in the network.
 
-    `error` is the largest difference of the outputs as a fraction of their range.
+    `error` is the largest difference of the outputs as a fraction of their range. `shares` tells of each branch the norm of
+    its kernel over the sum of the norms: 0 is a branch that does nothing.
     """
 
     path: str
@@ -45,6 +46,7 @@ class LayerProof:
     groups: int
     error: float
     ok: bool
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import get_flops
 
-from rep_backbones.export.files import TargetError, disk_is_full, place, workplace, writable_folder
+from rep_backbones.export.files import TargetError, disk_is_full, place, replacing, workplace, writable_folder
 from rep_backbones.export.report import Counts, Report, proof, sha256
 from rep_backbones.rules import FoldError, check_numbers, multi_branch
 from rep_backbones.verify import verify
@@ -28,6 +28,7 @@ from rep_backbones.yolo.deploy import save_deploy
 from rep_backbones.yolo.pictures import SHIPPED, pictures
 from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.proof import Outputs, layer_proofs
+from rep_backbones.yolo.report_page import report_page
 from rep_backbones.yolo.switches import no_installs, quiet
 
 PROVED, BAD_INPUT, UNPROVED, MISSING = 0, 2, 3, 4
@@ -121,6 +122,7 @@ def run(
             if making.path(".pt").exists():
                 making.keep("pt", making.path(".pt"), proved=False)
         report.status = making.status
+        making.write_page(report_page(report, loaded, making.made, size, settings.pictures))
         report.write(making.path("_report.json"))
         making.place()
     return Outcome(making.status, report, making.places)
@@ -140,6 +142,11 @@ class Making:
 
     def path(self, ending: str) -> Path:
         return self.stem.with_name(self.stem.name + ending)
+
+    @property
+    def made(self) -> dict[str, Path]:
+        """The finished files where they are now, by format."""
+        return {name: made for name, (made, _) in zip(self.places, self.moves)}
 
     def fail(self, what: str, status: int = UNPROVED) -> None:
         """Note a failure; the gravest status stays."""
@@ -175,13 +182,18 @@ class Making:
         about = self.report.artifacts.setdefault(name, {})
         about.update(path=path.name, sha256=sha256(made), bytes=made.stat().st_size, proved=proved)
 
+    def write_page(self, html: str) -> None:
+        with replacing(self.path("_report.html")) as temporary:
+            temporary.write_text(html, encoding="utf-8")
+
     def place(self) -> None:
         """Give everything its place, the report last: its hashes tell whether all others are of the same run."""
-        report = self.path("_report.json")
-        place([*self.moves, (report, self.target / report.name)])
+        reports = [self.path("_report.html"), self.path("_report.json")]
+        place([*self.moves, *((report, self.target / report.name) for report in reports)])
         for _, path in self.moves:
             proved = ".unproved" not in path.suffixes
             self.tell(f"{'wrote' if proved else 'NOT PROVED, kept as'} {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        self.tell(f"wrote {self.target / reports[0].name}, to be opened in a browser")
 
 
 def _check_numbers(loaded: checkpoint.Checkpoint) -> None:

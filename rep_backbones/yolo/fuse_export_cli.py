@@ -1,7 +1,7 @@
 """The command line of `tools/fuse_export.py`.
 
 Exit status: 0 all proved; 2 bad input, or a target that cannot be written; 3 a proof failed or a multi-branch layer is left;
-4 a backend that was asked for is missing; 130 interrupted.
+4 a backend that was asked for is missing; 130 interrupted. With --check: 0 all files are whole; 2 no report; 3 one is not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from rep_backbones.export.check import NoReport, check
 from rep_backbones.export.files import TargetError
 from rep_backbones.yolo.artifacts import FORMATS
 from rep_backbones.yolo.fuse_export import BAD_INPUT, MISSING, PROVED, UNPROVED, Settings, run
@@ -31,7 +32,14 @@ FAILED = "not everything could be made; what is there is proved"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (the process's own by default); returns the exit status."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.check and options.weights:
+        parser.error("--check takes a report and no checkpoint; give one of them")
+    if options.check:
+        return _check(options.check)
+    if options.weights is None:
+        parser.error("give a checkpoint, such as runs/detect/train/weights/best.pt, or --check REPORT")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     settings = Settings(
@@ -72,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 all proved; 2 bad input; 3 a proof failed; 4 a backend is missing; 130 interrupted.",
     )
     parser.add_argument(
-        "weights", help="a checkpoint of Ultralytics, such as runs/detect/train/weights/best.pt; in front of --format"
+        "weights",
+        nargs="?",
+        help="a checkpoint of Ultralytics, such as runs/detect/train/weights/best.pt; in front of --format",
     )
     parser.add_argument(
         "--format",
@@ -89,8 +99,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="such as 0 or cpu (default: cpu; an engine is built on 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all files (default: that of the weights)")
     parser.add_argument("--trust", action="store_true", help="unpickle the file with all code that it holds")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="REPORT",
+        help="only compare the files beside a _deploy_report.json with the hashes in it",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what Ultralytics says while it exports")
     return parser
+
+
+def _check(report: Path) -> int:
+    try:
+        found = check(report)
+    except NoReport as error:
+        return _failed(str(error), BAD_INPUT)
+    for one in found:
+        print(f"fuse_export: {one.path}: {one.said}", file=sys.stdout if one.good else sys.stderr, flush=True)
+    if not found:
+        return _failed(f"{report} names no file: that run made none. Export again", UNPROVED)
+    bad = sum(not one.good for one in found)
+    if bad:
+        return _failed(f"{bad} of {len(found)} files must not be used (exit status {UNPROVED})", UNPROVED)
+    _say(f"all {len(found)} files are those that were reported (exit status {PROVED})")
+    return PROVED
 
 
 def _terminated(*_: object) -> None:

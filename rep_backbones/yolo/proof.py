@@ -13,6 +13,7 @@ from rep_backbones.export.report import LayerProof
 from rep_backbones.fuse import fuse_and_map
 from rep_backbones.rules import branch_names, multi_branch
 from rep_backbones.verify import tensors, verify
+from rep_backbones.yolo.branch_log import shares
 
 
 class Outputs(nn.Module):
@@ -74,6 +75,7 @@ def layer_proofs(model: nn.Module, batch: Tensor) -> list[LayerProof]:
     fused, places = fuse_and_map(model)
     convs = dict(fused.named_modules())
     layers = {path: (layer, branch_names(part)) for path, layer, part in multi_branch(model)}
+    parts = shares(model)
     found: dict[str, LayerProof] = {}
 
     def checked(path: str) -> Callable[..., None]:
@@ -92,6 +94,7 @@ def layer_proofs(model: nn.Module, batch: Tensor) -> list[LayerProof]:
                 groups=conv.groups,
                 error=report.error,
                 ok=report.ok,
+                shares=parts[path],
             )
 
         return hook

@@ -129,6 +129,7 @@ def quantized(model: onnx.ModelProto, ranges: TensorsData, quantize: Sequence[st
         _OPTIONS,
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()  # as the standard of ONNX asks for, which ONNX Runtime does not insist on
     made = quantizer.model.model
     del made.metadata_props[:]
     made.metadata_props.extend(model.metadata_props)
@@ -142,10 +143,10 @@ def tails(model: onnx.ModelProto) -> list[str]:
         for name in node.input:
             used.setdefault(name, []).append(node)
     last: dict[str, bool] = {}
+    wanted = set(layers(model))
     for node in reversed(model.graph.node):  # in order: what is used comes later
         after = [user for name in node.output for user in used.get(name, [])]
-        last[node.name] = not any(user.op_type in MULTIPLYING or not last[user.name] for user in after)
-    wanted = set(layers(model))
+        last[node.name] = not any(user.name in wanted or not last[user.name] for user in after)
     return [node.output[0] for node in model.graph.node if node.name in wanted and last[node.name]]
 
 

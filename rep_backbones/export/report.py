@@ -59,6 +59,7 @@ class Report:
     counts: dict[str, Counts] = field(default_factory=dict)  # "before" and "after"
     layers: list[LayerProof] = field(default_factory=list)
     proofs: dict[str, Any] = field(default_factory=dict)  # name -> as `proof`
+    trained: dict[str, Any] = field(default_factory=dict)  # of the multi-branch form: latency and ap, where measured
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)  # format -> path, sha256, error, ...
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)

@@ -179,8 +179,7 @@ def _compare(
             reference = NMSModel(
                 reference, get_cfg(DEFAULT_CFG, {"format": "onnx", "batch": job.settings.batch, **NMS})
             ).eval()
-        rows = job.settings.nms or bool(getattr(job.model, "end2end", False) and end2end is not False)
-        if not rows:
+        if not _rows(job, end2end):
             nc = 0 if job.model.task == "classify" else job.model.model[-1].nc
             return verify(
                 lambda x: _parts(_listed(reference(x)), nc),
@@ -194,6 +193,15 @@ def _compare(
     if not found:
         made.notes.append(f"{made.path.name}: the pictures show nothing that is detected, so its final rows prove little")
     return compared
+
+
+def gives_rows(job: Job, graph: OnnxModel) -> bool:
+    """Whether an ONNX file gives final detections, by NMS in the graph or an end-to-end head."""
+    return _rows(job, _flag(graph.metadata, "end2end"))
+
+
+def _rows(job: Job, end2end: bool | None) -> bool:
+    return job.settings.nms or bool(getattr(job.model, "end2end", False) and end2end is not False)
 
 
 def _batches(job: Job) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from rep_backbones.export.files import TargetError, disk_is_full, place, replaci
 from rep_backbones.export.report import Counts, Report, proof, sha256
 from rep_backbones.rules import FoldError, check_numbers, multi_branch
 from rep_backbones.verify import verify
-from rep_backbones.yolo import artifacts, checkpoint, devices
+from rep_backbones.yolo import artifacts, checkpoint, devices, with_data
 from rep_backbones.yolo.deploy import save_deploy
 from rep_backbones.yolo.pictures import SHIPPED, pictures
 from rep_backbones.yolo.plain_data import Refused
@@ -47,6 +47,9 @@ class Settings:
     dynamic: bool = False
     half: bool = False
     nms: bool = False
+    int8: bool = False
+    int8_max_drop: float = 1.0  # AP that INT8 may lose, in points of 100
+    data: Path | None = None  # a YOLO data YAML or a folder in COCO's layout
     device: str | None = None
     pictures: tuple[Path, ...] = SHIPPED
 
@@ -93,7 +96,7 @@ def run(
         ValueError: a setting that is not accepted.
     """
     settings = settings or Settings(**changes)
-    formats = artifacts.chosen(settings.formats)
+    formats = artifacts.chosen((*settings.formats, "onnx") if settings.int8 and settings.formats else settings.formats)
     if settings.batch < 1:
         raise ValueError(f"batch={settings.batch} is not accepted; give a whole number from 1")
     settings, lacking = devices.here(settings)
@@ -101,6 +104,7 @@ def run(
     target = writable_folder(out or file.parent)
     loaded = checkpoint.load_precise(file, trust=trust)
     _check_numbers(loaded)
+    data = with_data.opened(settings, loaded)
     size = image_size(settings.imgsz, loaded)
     batch = pictures(size, loaded.yaml.get("channels", 3), settings.pictures)
     report = Report(source=_source(loaded, trust), settings=_plain(settings, size, formats))
@@ -117,6 +121,10 @@ def run(
             job = artifacts.Job(target / f"{stem}.pt", making.path(".pt"), deployed, batch, settings, size)
             for name in formats:
                 making.add(name, job)
+            if data is not None and settings.int8:
+                with_data.add_int8(making, job, data, loaded)
+            if data is not None:
+                with_data.add_ap(making, loaded.model, deployed, data, job, loaded.names)
         except Unproved as error:
             making.fail(str(error))
             if making.path(".pt").exists():
@@ -282,6 +290,9 @@ def _plain(settings: Settings, size: tuple[int, int], formats: Sequence[str]) ->
         "dynamic": settings.dynamic,
         "half": settings.half,
         "nms": settings.nms,
+        "int8": settings.int8,
+        "int8_max_drop": settings.int8_max_drop,
+        "data": settings.data and Path(settings.data).name,
         "device": settings.device,
         "pictures": [path.name for path in settings.pictures],
     }

@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         dynamic=options.dynamic,
         half=options.half,
         nms=options.nms,
+        int8=options.int8,
+        int8_max_drop=options.int8_max_drop,
+        data=options.data,
         device=options.device,
     )
     try:
@@ -96,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dynamic", action="store_true", help="let batch, height and width vary")
     parser.add_argument("--half", action="store_true", help="FP16")
     parser.add_argument("--nms", action="store_true", help="put non-maximum suppression into the artefact")
+    parser.add_argument("--int8", action="store_true", help="also an INT8 file, <stem>_deploy_int8.onnx; needs --data")
+    parser.add_argument(
+        "--int8-max-drop", type=float, default=1.0, metavar="AP", help="AP in points that INT8 may lose (default: 1.0)"
+    )
+    parser.add_argument("--data", type=Path, help="data YAML or COCO folder: AP of every form, and pictures for INT8")
     parser.add_argument("--device", help="such as 0 or cpu (default: cpu; an engine is built on 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all files (default: that of the weights)")
     parser.add_argument("--trust", action="store_true", help="unpickle the file with all code that it holds")

@@ -1,0 +1,124 @@
+"""What `fuse_export` does with a data set: AP for every form of the model, and INT8 whose loss is measured on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from rep_backbones.export.onnx_model import OnnxModel
+from rep_backbones.yolo import artifacts, int8
+from rep_backbones.yolo.coco_ap import Predict, coco_ap
+from rep_backbones.yolo.dataset import DataSet, open_data
+
+if TYPE_CHECKING:
+    from rep_backbones.yolo.checkpoint import Checkpoint
+    from rep_backbones.yolo.fuse_export import Making, Settings
+
+TASKS = ("detect", "segment")  # whose first outputs are upright boxes
+INT8 = "onnx_int8"
+
+
+def opened(settings: Settings, loaded: Checkpoint) -> DataSet | None:
+    """The data set that the settings ask for, if it can serve.
+
+    Raises:
+        ValueError: INT8 without data or beside FP16, a task without boxes, or a data set of other classes.
+    """
+    if settings.int8 and settings.data is None:
+        raise ValueError("--int8 needs --data: pictures to calibrate on, and boxes to measure its loss with")
+    if settings.int8 and settings.half:
+        raise ValueError("--int8 and --half exclude each other: INT8 is made from FP32; run the command once for each")
+    if settings.data is None:
+        return None
+    if loaded.task not in TASKS:
+        raise ValueError(
+            f"--data measures the AP of boxes, which a {loaded.task} model has not; accepted are {', '.join(TASKS)}"
+        )
+    if loaded.yaml.get("channels", 3) != 3:
+        raise ValueError(f"--data reads pictures of 3 channels; the model takes {loaded.yaml['channels']}")
+    data = open_data(Path(settings.data))
+    data.categories(loaded.names)
+    return data
+
+
+def add_int8(making: Making, job: artifacts.Job, data: DataSet, loaded: Checkpoint) -> None:
+    """Quantize the ONNX file of this run, and keep it under a name that says whether its loss is within what is allowed."""
+    source = making.made.get("onnx")
+    if source is None or not making.report.artifacts["onnx"].get("proved"):
+        making.fail("--int8: there is no proved ONNX file to make it from")
+        return
+    try:
+        found = int8.make(
+            source,
+            data,
+            names=loaded.names,
+            size=job.size,
+            nc=len(loaded.names),
+            rows=artifacts.gives_rows(job, OnnxModel(source)),
+            max_drop=job.settings.int8_max_drop,
+            tell=making.tell,
+        )
+    except (MemoryError, RuntimeError) as error:  # ONNX Runtime's allocator raises the latter
+        making.fail(
+            f"--int8: it could not be made ({type(error).__name__}: {str(error).splitlines()[0]}); give a smaller --imgsz"
+        )
+        return
+    path = making.path("_int8.onnx")
+    onnx.save(found.model, str(path))
+    if found.drop > job.settings.int8_max_drop:
+        making.fail(f"{path.name} loses {found.drop:.2f} AP, over the {job.settings.int8_max_drop} of --int8-max-drop")
+    making.report.artifacts[INT8] = {
+        "conv_nodes": OnnxModel(path).conv_nodes,
+        "precision": "int8",
+        "int8": found.about(),
+        "ap": asdict(found.ap),
+    }
+    making.report.artifacts["onnx"]["ap"] = asdict(found.float_ap)
+    making.keep(INT8, path, proved=found.drop <= job.settings.int8_max_drop)
+
+
+def add_ap(making: Making, trained: nn.Module, deployed: nn.Module, data: DataSet, job: artifacts.Job, names: Any) -> None:
+    """AP of the multi-branch form, the fused one, and each artefact that can be run here, on the same pictures."""
+    forms: dict[str, tuple[dict[str, Any], Predict]] = {
+        "multi-branch": (making.report.trained, of_model(trained)),
+        "pt": (making.report.artifacts["pt"], of_model(deployed)),
+    }
+    for name, path in making.made.items():
+        if name != "pt" and (run := RUNNERS.get(path.suffix)):
+            forms[name] = making.report.artifacts[name], repeated(run(path), job.settings.batch)
+    for name, (about, predict) in forms.items():
+        if "ap" not in about:
+            about["ap"] = asdict(coco_ap(predict, data, names=names, size=job.size, title=f"evaluating {name}"))
+        making.tell(f"AP of {name}: {about['ap']['ap']:.4f}, AP50 {about['ap']['ap50']:.4f}")
+
+
+def of_model(model: nn.Module) -> Predict:
+    """The predictions of a model in eval mode, without fusing it first."""
+
+    def predict(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            output = model(x)
+        return output[0] if isinstance(output, (tuple, list)) else output
+
+    return predict
+
+
+def of_onnx(path: Path) -> Predict:
+    """The predictions of an ONNX file."""
+    graph = OnnxModel(path)
+    return lambda x: graph(x)[0]
+
+
+# the ending of an artefact -> how it is run
+RUNNERS: dict[str, Callable[[Path], Predict]] = {".onnx": of_onnx}
+
+
+def repeated(predict: Predict, batch: int) -> Predict:
+    """A detector that takes exactly `batch` pictures, asked for one."""
+    return predict if batch == 1 else lambda x: predict(x.repeat(batch, 1, 1, 1))[:1]

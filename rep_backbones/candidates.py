@@ -61,8 +61,10 @@ def _unfit(module: nn.Module) -> str:
         if "quantized" in kind.__module__ or ".qat" in kind.__module__ or "intrinsic" in kind.__module__:
             return f"is quantized ({kind.__name__}); expand the float model, and quantize after fusing"
         return f"is a {kind.__module__}.{kind.__qualname__}, not a torch.nn.Conv2d; its forward may differ"
-    if "weight" not in module._parameters:
+    if "weight_g" in module._parameters:
         return "is weight-normed; remove that first: torch.nn.utils.remove_weight_norm(conv)"
+    if "weight" not in module._parameters:
+        return "is pruned or spectral-normed; make that lasting first: torch.nn.utils.prune.remove, remove_spectral_norm"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks, which would be lost; remove them first (handle.remove())"
     return ""
@@ -76,7 +78,7 @@ def choose(
     Raises:
         ExpandError: for patterns that match nothing, and for convolutions that can't be expanded.
     """
-    sizes = None if kernels is None else {pair(k) for k in ([kernels] if isinstance(kernels, int) else kernels)}
+    sizes = _sizes(kernels)
     named = _named(convs, layers)
     certain: set[str] = set()
     chosen: dict[str, nn.Conv2d] = {}
@@ -85,23 +87,39 @@ def choose(
         if not exact and (path not in named.matched or not _size_fits(conv, sizes, any_size=callable(layers))):
             continue
         has_norm = path in norms or without_norm
-        if unfit and (exact or has_norm or "norm" in unfit or "parametrized" in unfit or "quantized" in unfit):
+        if unfit and (exact or has_norm or not unfit.startswith("is a ")):
             if exact or not unfit.startswith("is a "):
                 raise ExpandError(f"{path} {unfit}. Nothing was changed")
             continue
         if not has_norm:
             if exact:
                 raise ExpandError(
-                    f"{path}: no batch normalization follows it directly; give batches=[...], inputs of the model to "
+                    f"{path}: no batch normalization is seen to follow it directly (a forward that depends on its "
+                    "data hides it); give batches=[...], inputs of the model to "
                     "measure the new branches' statistics on. Nothing was changed"
                 )
             continue
-        if exact or callable(layers):
+        if exact or callable(layers) or sizes is not None:
             certain.add(path)
         chosen[path] = conv
     if not chosen:
         raise ExpandError(_nothing(convs, norms, layers, kernels))
     return chosen, certain
+
+
+def _sizes(kernels: Kernels) -> set[Pair] | None:
+    if kernels is None:
+        return None
+    given = [kernels] if isinstance(kernels, int) else kernels
+    try:
+        sizes = {pair(k) for k in given}
+        if isinstance(kernels, str) or not all(type(n) is int for size in sizes for n in size):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise ExpandError(
+            f"kernels={kernels!r} is not accepted; give a size such as 3, or several such as [3, (1, 9)]"
+        ) from None
+    return sizes
 
 
 class _Named:
@@ -116,6 +134,8 @@ def _named(convs: dict[str, tuple[Any, str]], layers: Layers) -> _Named:
         return _Named(set(), set(convs))
     if callable(layers):
         return _Named(set(), {path for path, (conv, _) in convs.items() if layers(path, conv)})
+    if not isinstance(layers, Iterable):
+        raise ExpandError(f"layers={layers!r} is not accepted; give names, patterns such as 'model.*', or a predicate")
     patterns = [layers] if isinstance(layers, str) else list(layers)
     matched: set[str] = set()
     for pattern in patterns:
@@ -135,6 +155,8 @@ def _size_fits(conv: Any, sizes: set[Pair] | None, any_size: bool) -> bool:
 
 def _nothing(convs: dict[str, tuple[Any, str]], norms: dict[str, str], layers: Layers, kernels: Kernels) -> str:
     given = [f"layers={layers!r}"] * (layers is not None) + [f"kernels={kernels!r}"] * (kernels is not None)
+    if kernels is not None and isinstance(kernels, tuple) and len(kernels) == 2:
+        given[-1] += f" (sizes {kernels[0]} and {kernels[1]}; for one of both give [{kernels}])"
     asked = " and ".join(given) or "a kernel over 1x1 and a batch normalization behind it"
     if convs and not norms:
         return (

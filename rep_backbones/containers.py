@@ -172,24 +172,28 @@ class Subsample(nn.Module):
         return f"stride={self.stride}"
 
 
-class PaddedBatchNorm2d(nn.BatchNorm2d):
+class PaddedBatchNorm2d(nn.Module):
     """Batch normalization, then padding with what it makes of zero, so that an unpadded convolution behind it folds exactly.
 
     It stands between a 1x1 and a KxK convolution (DBB, section 3.2): with zero padding there the border would not be affine.
+    The norm is a child, `bn`, so that converting a model to SyncBatchNorm leaves the padding where it is.
     """
+
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm
 
     def __init__(
         self, channels: int, padding: int | tuple[int, int], eps: float = 1e-5, momentum: float | None = 0.1
     ) -> None:
-        super().__init__(channels, eps, momentum)
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels, eps, momentum)
         self.padding = pair(padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        (ph, pw), c = self.padding, self.num_features
+        x = self.bn(x)
+        ph, pw = self.padding
         if not (ph or pw):
             return x
-        fill = self.border().reshape(1, c, 1, 1)
+        fill = self.border().reshape(1, -1, 1, 1)
         # The constant frame is zero padding plus the fill outside the picture: one pad, no in-place writes, differentiable.
         return nn.functional.pad(x - fill, (pw, pw, ph, ph)) + fill
 
@@ -197,8 +201,9 @@ class PaddedBatchNorm2d(nn.BatchNorm2d):
         """What the normalization makes of a zero in eval, `(c,)`: from the running statistics, as the padding is not
         data.
         """
-        assert self.running_mean is not None and self.running_var is not None
-        return self.bias - self.running_mean * self.weight / (self.running_var + self.eps).sqrt()
+        bn = self.bn
+        assert bn.running_mean is not None and bn.running_var is not None
+        return bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, padding={self.padding}"
+        return f"padding={self.padding}"

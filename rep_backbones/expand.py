@@ -11,7 +11,7 @@ import inspect
 import posixpath
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,11 @@ from rep_backbones.containers import Block, Parallel, Scale
 from rep_backbones.online import Online
 from rep_backbones.pairs import norms_behind
 from rep_backbones.registry import layer_named
-from rep_backbones.rules import MERGED, RULES, in_float64
+from rep_backbones.rules import MERGED, RULES, FoldError, equivalent, in_float64
+
+SHARE = 0.1  # spread of a calibrated branch, as a fraction of its convolution's: what it adds, the main branch takes off
+QUIET = 0.01  # smallest variance of a calibrated channel, as a fraction of the layer's median
+_CHECKED: set[Any] = set()  # blocks and shapes of convolutions that are known to fit
 
 
 class Expanded(nn.Sequential):
@@ -91,7 +95,8 @@ def expand(
             can't be expanded, with its path and the reason.
     """
     cls = _block_class(block)
-    batches = None if batches is None else list(batches)
+    if batches is not None:
+        batches = [batches] if isinstance(batches, torch.Tensor) else list(batches)
     norms = norms_behind(model)
     chosen, certain = choose(plain_convs(model), norms, layers, kernels, without_norm=batches is not None)
     if not inplace:
@@ -146,6 +151,7 @@ class _Plan:
     layer: Expanded
     branches: Parallel
     main: str
+    spreads: list[float] = field(default_factory=list)  # of the convolution's output, one for each batch of a calibration
 
 
 def _block_class(block: str | type[nn.Module]) -> type[nn.Module]:
@@ -161,6 +167,7 @@ def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], opt
     conv: Any = model.get_submodule(path)
     norm: Any = model.get_submodule(norm_path) if norm_path else None
     plain_mode = conv.training
+    _check_fold(conv, cls, options)
     made = _made(conv, cls, options)
     total, outer = _sum_and_norm(made)
     branches = total.branches if isinstance(total, Online) else total
@@ -186,6 +193,8 @@ def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], opt
         for module in made.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps, module.momentum = norm.eps, norm.momentum
+        if isinstance(norm, nn.SyncBatchNorm):  # the new branches see the same batch as the main one
+            nn.SyncBatchNorm.convert_sync_batchnorm(total, norm.process_group)
     branches._modules[main] = nn.Sequential(layers)
     where = f"sum.branches.{main}" if isinstance(total, Online) else f"sum.{main}"
     children: OrderedDict[str, nn.Module] = OrderedDict(sum=total)
@@ -200,6 +209,35 @@ def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], opt
     expanded.train(conv.training if norm is None else norm.training)
     conv.training = plain_mode
     return _Plan(path, norm_path, conv, expanded, branches, main)
+
+
+def _check_fold(conv: nn.Conv2d, cls: type[nn.Module], options: dict[str, Any]) -> None:
+    """Refuse a block that does not fold to the convolution which it is to stand for, before a training is spent on it."""
+    wanted = AffineConv.from_conv(conv) if conv.padding_mode == "zeros" else None
+    if wanted is None:
+        return  # `_made` says why not
+    key = (
+        cls,
+        str(sorted(options.items(), key=str)),
+        conv.weight.shape,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
+    if key in _CHECKED:
+        return
+    with torch.device("meta"):  # shapes alone, which cost nothing
+        part = _made(copy.deepcopy(conv).to("meta"), cls, options).affine_part
+        try:
+            found = equivalent(part)
+        except FoldError as error:
+            raise ExpandError(f"{cls.__name__} does not fold to one convolution: {error}") from error
+    for what in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"):
+        a, b = getattr(found, what), getattr(wanted, what)
+        if a != b and not (what == "dilation" and wanted.kernel_size == (1, 1)):
+            raise ExpandError(f"{cls.__name__} folds to a convolution of {what} {a}, where this one has {b}")
+    _CHECKED.add(key)
 
 
 def _made(conv: nn.Conv2d, cls: type[nn.Module], options: dict[str, Any]) -> Block:
@@ -241,9 +279,7 @@ def _sum_and_norm(block: Block) -> tuple[nn.Module, nn.Module | None]:
 
 def _silence(branch: nn.Module, what: str) -> None:
     """Start a branch at zero by its last norm or scale."""
-    last = branch
-    while isinstance(last, nn.Sequential) and len(last):
-        last = last[-1]
+    last = _last(branch)
     if isinstance(last, nn.BatchNorm2d):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -251,6 +287,12 @@ def _silence(branch: nn.Module, what: str) -> None:
         nn.init.zeros_(last.alpha)
     else:
         raise ExpandError(f"{what} ends in {type(last).__name__}, which can't start at zero; a norm or a Scale can")
+
+
+def _last(branch: nn.Module) -> nn.Module:
+    while isinstance(branch, nn.Sequential) and len(branch):
+        branch = branch[-1]
+    return branch
 
 
 def _placed(model: nn.Module, plan: _Plan) -> nn.Module:
@@ -278,7 +320,7 @@ def _calibrate(model: nn.Module, plans: list[_Plan], batches: list[Any]) -> None
             for norm in _norms(others):
                 norm.momentum = None  # the mean over all batches
                 nn.init.ones_(norm.weight)
-            handles.append(plan.conv.register_forward_pre_hook(_feeding(others)))
+            handles.append(plan.conv.register_forward_hook(_feeding(others, plan.spreads)))
         with torch.no_grad():
             for batch in batches:
                 model(batch)
@@ -295,8 +337,9 @@ def _norms(modules: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in modules.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def _feeding(others: nn.ModuleList) -> Callable[[nn.Module, Any], None]:
-    def hook(conv: nn.Module, inputs: Any) -> None:
+def _feeding(others: nn.ModuleList, spreads: list[float]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+    def hook(conv: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        spreads.append(float(output.double().std((0, 2, 3), unbiased=False).median()))
         for branch in others:
             branch.train()
             branch(inputs[0])
@@ -308,8 +351,15 @@ def _subtract(plan: _Plan) -> None:
     others = {name: branch for name, branch in plan.branches.items() if name != plan.main}
     for norm in _norms(nn.ModuleList(others.values())):
         norm.momentum = 0.1
+        assert norm.running_var is not None
+        # a channel that is constant in the batches would be amplified by 1 / sqrt(eps), and rounding with it
+        floor = norm.running_var.median() * QUIET
+        norm.running_var.clamp_(min=float(floor) if floor > 0 else 1.0)
+    share = SHARE * sum(plan.spreads) / max(len(plan.spreads), 1)
     for branch in others.values():
         branch.eval()
+        if isinstance(last := _last(branch), nn.BatchNorm2d):
+            nn.init.constant_(last.weight, share or SHARE)
     if others:
         minus = torch.full((1,), -1.0, dtype=torch.float64)
         rest = in_float64(plan.conv) + in_float64(Parallel(others)).scaled(minus)

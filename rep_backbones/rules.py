@@ -110,7 +110,7 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.Conv2d: lambda m, c: AffineConv.from_conv(m),
     nn.BatchNorm2d: lambda m, c: affine.batch_norm(m),
     nn.SyncBatchNorm: lambda m, c: affine.batch_norm(m),
-    PaddedBatchNorm2d: lambda m, c: replace(affine.batch_norm(m), padding=m.padding),
+    PaddedBatchNorm2d: lambda m, c: replace(affine.batch_norm(m.bn), padding=m.padding),
     Scale: lambda m, c: affine.per_channel(m.alpha.expand(m.channels)),
     nn.Identity: lambda m, c: affine.identity(_known(m, c), _EXACT),
     nn.Dropout: lambda m, c: affine.identity(_known(m, c), _EXACT),
@@ -270,7 +270,7 @@ def _values(children: Iterable[tuple[str, nn.Module]], channels: int | None, in_
     if like is None:
         return found
     # What is made from a channel count alone (identity, pooling) takes the dtype and device of its neighbours.
-    return [v if v.bias is not None or v.weight.dtype == like.dtype else replace(v, weight=v.weight.to(like)) for v in found]
+    return [v if v.bias is not None else replace(v, weight=v.weight.to(like)) for v in found]
 
 
 def _first_number(module: nn.Module) -> Tensor | None:

@@ -78,19 +78,17 @@ def smallest(value: AffineConv) -> Pair:
 
 
 @st.composite
-def norms(draw: st.DrawFn, channels: int, padding: Pair | None = None, **options: Any) -> nn.BatchNorm2d:
+def norms(draw: st.DrawFn, channels: int, padding: Pair | None = None, **options: Any) -> nn.Module:
     """BN in eval: gamma of both signs and near 0, tiny and large variances, any mean, eps other than the default.
 
     With `padding` it is a PaddedBatchNorm2d.
     """
     eps = draw(st.sampled_from([1e-5, 1e-3, 1e-7]))
-    if padding is None:
-        norm = nn.BatchNorm2d(channels, eps, **options)
-    else:
-        norm = PaddedBatchNorm2d(channels, padding, eps)
-    norm = norm.double().eval()
+    made: Any = nn.BatchNorm2d(channels, eps, **options) if padding is None else PaddedBatchNorm2d(channels, padding, eps)
+    made = made.double().eval()
+    norm = made if padding is None else made.bn
     if norm.running_mean is None or norm.running_var is None:
-        return norm
+        return made
     seed = draw(SEEDS)
     scales = torch.tensor(draw(st.lists(st.sampled_from([1e-6, 0.3, 4.0]), min_size=channels, max_size=channels)))
     gammas = torch.tensor(draw(st.lists(st.sampled_from([-2.0, 1e-9, 0.7]), min_size=channels, max_size=channels)))
@@ -100,4 +98,4 @@ def norms(draw: st.DrawFn, channels: int, padding: Pair | None = None, **options
         if norm.affine:
             norm.weight.copy_(gammas.double())
             norm.bias.copy_(numbers(seed + 1, channels))
-    return norm
+    return made

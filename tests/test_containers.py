@@ -41,10 +41,10 @@ def conv(seed: int, c1: int = C, c2: int = C, **options) -> nn.Conv2d:
 def padded_norm(padding: int | tuple[int, int] = 1) -> PaddedBatchNorm2d:
     made = PaddedBatchNorm2d(C, padding).double().eval()
     with torch.no_grad():
-        made.weight.copy_(torch.tensor([1.0, -2.0, 0.5]))
-        made.bias.copy_(torch.tensor([0.0, 1.0, 3.0]))
-        made.running_mean.copy_(torch.tensor([1.0, 0.0, -4.0]))
-        made.running_var.copy_(torch.tensor([4.0, 1.0, 0.25]).double() - made.eps)
+        made.bn.weight.copy_(torch.tensor([1.0, -2.0, 0.5]))
+        made.bn.bias.copy_(torch.tensor([0.0, 1.0, 3.0]))
+        made.bn.running_mean.copy_(torch.tensor([1.0, 0.0, -4.0]))
+        made.bn.running_var.copy_(torch.tensor([4.0, 1.0, 0.25]).double() - made.bn.eps)
     return made
 
 
@@ -148,7 +148,8 @@ def test_padded_norm_is_zero_padding_and_then_the_norm(data: st.DataObject) -> N
     (ph, pw), x = data.draw(RIMS), data.draw(pictures(C))
     norm = data.draw(norms(C, (ph, pw)))
     zeros = F.pad(x, (pw, pw, ph, ph))
-    expected = F.batch_norm(zeros, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    bn = norm.bn
+    expected = F.batch_norm(zeros, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
     same(norm(x), expected, 1e-9)  # 1e-6 of variance and 1e-7 of eps scale by a thousand
     same(in_float64(norm)(x), expected, 1e-9)
 
@@ -190,20 +191,20 @@ def test_a_padded_norm_behind_a_bias_would_pad_with_something_else() -> None:
 
 def test_padded_norm_without_padding_is_the_norm() -> None:
     norm, plain, x = padded_norm(0), nn.BatchNorm2d(C).double().eval(), numbers(0, 2, C, 4, 3)
-    plain.load_state_dict(norm.state_dict())
+    plain.load_state_dict(norm.bn.state_dict())
     assert torch.equal(norm(x), plain(x))
 
 
 def test_padded_norm_trains_on_the_picture_only() -> None:
     norm, plain, x = padded_norm(2).train(), nn.BatchNorm2d(C).double(), numbers(0, 4, C, 5, 3)
-    plain.load_state_dict(norm.state_dict())
+    plain.load_state_dict(norm.bn.state_dict())
     same(norm(x)[:, :, 2:-2, 2:-2], plain(x))
-    assert torch.equal(norm.running_mean, plain.running_mean) and torch.equal(norm.running_var, plain.running_var)
+    assert torch.equal(norm.bn.running_mean, plain.running_mean) and torch.equal(norm.bn.running_var, plain.running_var)
 
 
 def test_padded_norm_is_differentiable() -> None:
     norm, x = padded_norm((1, 0)), numbers(0, 2, C, 2, 3).requires_grad_()
-    parameters = (norm.weight, norm.bias)
+    parameters = (norm.bn.weight, norm.bn.bias)
 
     def run(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return norm(x)

@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from rep_backbones import expand, fuse, verify
+from rep_backbones.blocks.frame import Frame
 from rep_backbones.candidates import ExpandError
+from rep_backbones.containers import Block, Parallel
 from rep_backbones.expand import Expanded, collapse
 from rep_backbones.registry import LAYERS
 from rep_backbones.rules import multi_branch
@@ -176,7 +178,7 @@ def hooked() -> nn.Module:
     [
         (network, {"block": "RepConf"}, "unknown layer 'RepConf': did you mean RepConv"),
         (network, {"layers": "neck.*"}, r"'neck.\*' matches no convolution. There are 0.0 \(3x3\)"),
-        (network, {"layers": "1.last"}, "1.last: no batch normalization follows it directly; give batches="),
+        (network, {"layers": "1.last"}, "1.last: no batch normalization is seen to follow it directly.*give batches="),
         (network, {"kernels": 4}, "no convolution has kernels=4"),
         (network, {"block": "QARepVGGBlock"}, "normalizes its kxk branch and again behind the sum"),
         (network, {"block": "CSPStage"}, "it is a stage or a layer of its own"),
@@ -224,3 +226,101 @@ def test_padding_that_does_not_keep_the_size() -> None:
                 for p in model.parameters():
                     p.normal_()
             assert verify(model, fuse(model), [x], tolerance=1e-11), (name, padding)
+
+
+class WithActivation(Block):
+    """A wrong block: an activation inside a branch."""
+
+    def __init__(self, c1, c2, k=3, s=1, p=None, g=1, d=1, act=True):
+        frame = Frame.of(c1, c2, k, s, p, g, d)
+        bent = nn.Sequential(*frame.branch(1).children(), nn.ReLU(), nn.BatchNorm2d(c2))
+        super().__init__(Parallel({"kxk": frame.branch(), "bent": bent}), act=nn.Identity())
+
+
+class WithoutStride(Block):
+    """A wrong block: it ignores the stride."""
+
+    def __init__(self, c1, c2, k=3, s=1, p=None, g=1, d=1, act=True):
+        frame = Frame.of(c1, c2, k, 1, p, g, d)
+        super().__init__(Parallel({"kxk": frame.branch(), "1x1": frame.branch(1)}), act=nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (WithActivation, r"WithActivation does not fold to one convolution: bent.3: .*ReLU has no rule"),
+        (WithoutStride, r"WithoutStride folds to a convolution of stride \(1, 1\), where this one has \(2, 2\)"),
+    ],
+)
+def test_a_wrong_block_is_refused_before_it_is_trained(block: type[nn.Module], said: str) -> None:
+    model = network()
+    with pytest.raises(ExpandError, match=said):
+        expand(model, block, layers="1.first")
+
+
+def test_a_module_under_two_names_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.b, self.rest = self.a, one(nn.Conv2d(4, 4, 3, padding=1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rest(self.bn2(self.b(self.bn(self.a(x)))))
+
+    with pytest.raises(ExpandError, match="a is the same module as b; each place needs a convolution of its own"):
+        expand(Twice(), "RepConv")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"layers": 3}, "layers=3 is not accepted"),
+        ({"kernels": 3.0}, "kernels=3.0 is not accepted; give a size such as 3"),
+        ({"kernels": "3"}, "kernels='3' is not accepted"),
+        ({"kernels": (1, 9)}, r"sizes 1 and 9; for one of both give \[\(1, 9\)\]"),
+    ],
+    ids=str,
+)
+def test_requests_of_another_kind_are_told(asked: dict, said: str) -> None:
+    with pytest.raises(ExpandError, match=said):
+        expand(nn.Sequential(one(nn.Conv2d(3, 3, (1, 9), padding=(0, 4)))), "RepConv", **asked)
+
+
+def test_an_even_kernel_that_is_asked_for_by_its_size_is_refused() -> None:
+    model = nn.Sequential(one(nn.Conv2d(3, 3, 3, padding=1)), one(nn.Conv2d(3, 3, 2)))
+    assert len(multi_branch(expand(model, "RepConv"))) == 1
+    with pytest.raises(ExpandError, match="1.0: k=2: a 1x1 branch can't be aligned with an even kernel"):
+        expand(model, "RepConv", kernels=[2, 3])
+
+
+def test_a_pruned_convolution_is_refused() -> None:
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    prune.l1_unstructured(conv, "weight", 0.5)
+    with pytest.raises(ExpandError, match="0 is pruned or spectral-normed; make that lasting first"):
+        expand(one(conv), "RepConv")
+
+
+@pytest.mark.parametrize("name", ["DiverseBranchBlock", "RepConv"])
+def test_synchronized_norms_stay_so(name: str) -> None:
+    """Before and after: the stock conversion leaves the padding between a 1x1 and a 3x3 where it is."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(one(nn.Conv2d(4, 4, 3, padding=1)))).eval()
+    after = expand(model, name)
+    assert not any(type(m) is nn.BatchNorm2d for m in after.modules())
+    before = nn.SyncBatchNorm.convert_sync_batchnorm(expand(nn.Sequential(one(nn.Conv2d(4, 4, 3, padding=1))).eval(), name))
+    x = torch.rand(2, 4, 7, 9)
+    for made in (after, before):
+        assert verify(made, fuse(made), [x])
+
+
+@pytest.mark.parametrize("name", sorted(APPLY - {"DilatedReparamBlock"}))
+def test_channels_that_are_constant_in_the_batches_are_calibrated(name: str) -> None:
+    """In float32, where a variance of zero would amplify rounding by 1 / sqrt(eps)."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
+    with torch.no_grad():
+        plain[0].bias[:4] = -3  # dead channels
+    model = expand(plain, name, batches=[torch.rand(2, 4, 12, 12)])
+    for x in (torch.rand(2, 4, 12, 12), torch.zeros(1, 4, 12, 12)):
+        assert verify(plain, model, [x], tolerance=1e-6)
+    assert verify(plain, expand(plain, name, batches=torch.zeros(2, 4, 12, 12)), [torch.rand(2, 4, 12, 12)], tolerance=2e-6)

@@ -231,3 +231,30 @@ def test_trained_interrupted_resumed_fused_and_exported(
     ours, theirs = onnx.load(last.parent / "best_deploy.onnx").graph, onnx.load(reference).graph
     assert len(ours.node) == len(theirs.node)
     assert sorted(node.op_type for node in ours.node) == sorted(node.op_type for node in theirs.node)
+
+
+@pytest.mark.parametrize(("name", "family"), [("rtdetr-l.yaml", "RTDETR"), ("yolo11n.yaml", "YOLO")])
+def test_the_family_of_a_model_is_kept(name: str, family: str) -> None:
+    """Ultralytics chooses the class of a model, and so its trainer, by a word in the file's name."""
+    found = with_yaml(["train", f"model={name}", "expand=RepVGGBlock", "data=x.yaml"], trust=False)
+    stem = Path(next(arg for arg in found if arg.startswith("model="))[6:]).stem
+    assert ("rtdetr" in stem) == (family == "RTDETR")
+
+
+@pytest.mark.parametrize("value", ["", "None", "False", "0"])
+def test_a_key_without_a_block_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=f"expand={value} names no block"):
+        with_yaml(["train", "model=yolo11n.yaml", f"expand={value}"], trust=False)
+
+
+def test_what_was_calibrated_is_not_lost_silently() -> None:
+    """A training builds the model anew from its YAML, which cannot measure branches on batches."""
+    plain = DetectionModel("yolo11n.yaml", verbose=False).eval()
+    normed = expand(plain, "RepVGGBlock", kernels=3, batches=[torch.rand(1, 3, 64, 64)])
+    again = DetectionModel(deepcopy(normed.yaml), verbose=False)
+    assert len(multi_branch(again)) == len([m for _, m, _ in multi_branch(normed) if m.norm_here]) > 20
+    fused = deepcopy(plain).fuse(verbose=False)
+    bare = expand(fused, "RepVGGBlock", layers="model.0.conv", batches=[torch.rand(1, 3, 64, 64)])
+    assert len(multi_branch(bare)) == 1
+    with pytest.raises(ValueError, match="its branches measured on batches; a training that builds"):
+        DetectionModel(deepcopy(bare.yaml), verbose=False)

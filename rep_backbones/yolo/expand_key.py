@@ -16,6 +16,7 @@ from ultralytics.utils import USER_CONFIG_DIR, YAML
 from rep_backbones.registry import layer_named
 from rep_backbones.yolo import checkpoint, expanding
 
+_FAMILIES = ("rtdetr", "yoloe", "yolo-world")  # words in a name that Ultralytics chooses a class of models by
 _LETTERS = str.maketrans("0123456789", "ghijklmopq")
 
 
@@ -30,6 +31,8 @@ def with_yaml(args: Sequence[str], trust: bool) -> list[str]:
         return list(args)
     rest = [arg for arg in args if arg.partition("=")[0] not in (expanding.KEY, "model")]
     value, model = _read(given[expanding.KEY]), given.get("model", "")
+    if not value:
+        raise ValueError(f"expand={given[expanding.KEY]} names no block; leave the key out, or give one such as RepVGGBlock")
     if "train" not in args and given.get("mode") != "train":
         raise ValueError("expand= is for `rep-yolo train`; a trained model keeps its branches until it is fused")
     if given.get("resume", "False").lower() not in ("", "false", "0", "no"):
@@ -48,7 +51,7 @@ def with_yaml(args: Sequence[str], trust: bool) -> list[str]:
     for request in requests:
         layer_named(request["block"])
     config[expanding.KEY] = requests
-    return [*rest, f"model={_written(config)}"]
+    return [*rest, f"model={_written(config, Path(model).stem.lower())}"]
 
 
 def _read(text: str) -> Any:
@@ -58,8 +61,11 @@ def _read(text: str) -> Any:
         return text
 
 
-def _written(config: dict[str, Any]) -> Path:
-    """A file whose name asks for no scale: Ultralytics reads one from digits before certain letters."""
+def _written(config: dict[str, Any], stem: str) -> Path:
+    """A file whose name asks for no scale, which Ultralytics reads from digits before certain letters, and for the same
+    family of models as `stem` does.
+    """
+    family = "".join(f"{word}-" for word in _FAMILIES if word in stem)
     config = {key: value for key, value in config.items() if key not in ("yaml_file", "ch")}
     scale, scales = config.get("scale"), config.get("scales")
     if scales and scale in scales:
@@ -67,6 +73,6 @@ def _written(config: dict[str, Any]) -> Path:
     digest = hashlib.sha256(repr(config).encode()).hexdigest()[:8].translate(_LETTERS)
     folder = Path(USER_CONFIG_DIR) / "expanded"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"expanded-{digest}.yaml"
+    file = folder / f"{family}expanded-{digest}.yaml"
     YAML.save(file, config)
     return file

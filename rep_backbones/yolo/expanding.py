@@ -24,6 +24,7 @@ from rep_backbones.expand import expand as expand_any
 from rep_backbones.registry import LAYERS
 
 KEY = "expand"
+CALIBRATED = "calibrated"  # marks, in the note of a model, what was measured on batches and no YAML can build anew
 
 
 def expand(
@@ -54,10 +55,14 @@ def expand(
     model = model if inplace else deepcopy(model)
     before = set(_paths(model))
     expand_any(model, block, inplace=True, **asked)
-    if batches is None:  # fused models have no YAML that says so; they are for the caller's own training
-        note = {"block": name, "layers": [path for path in _paths(model) if path not in before], **options}
-        config: Any = model.yaml
-        vars(model)["yaml"] = {**config, KEY: [*requests(config), note]}
+    new = {path: module for path, module in model.named_modules() if isinstance(module, Expanded) and path not in before}
+    config: Any = model.yaml
+    notes = [*requests(config)]
+    if normed := [path for path, module in new.items() if module.norm_here]:
+        notes.append({"block": name, "layers": normed, **options})
+    if bare := [path for path, module in new.items() if not module.norm_here]:
+        notes.append({"block": name, "layers": bare, CALIBRATED: True, **options})
+    vars(model)["yaml"] = {**config, KEY: notes}
     return model
 
 
@@ -89,6 +94,12 @@ def expanded_layers(layers: nn.Sequential, config: dict[str, Any], verbose: bool
     """
     for request in requests(config):
         whole = nn.ModuleDict({"model": layers})  # the names of the model that the layers will be part of
+        if request.pop(CALIBRATED, False):
+            raise ValueError(
+                f"this model was expanded by {request['block']} without norms, its branches measured on batches; a training "
+                "that builds the model anew from its YAML would lose them. Expand it before it is fused, or train it in a "
+                "loop of your own"
+            )
         block, options = request["block"], {key: value for key, value in request.items() if key != "block"}
         if "kernels" in options and not isinstance(options["kernels"], int):
             options["kernels"] = [tuple(k) if isinstance(k, list) else k for k in options["kernels"]]

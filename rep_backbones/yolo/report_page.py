@@ -51,6 +51,7 @@ def report_page(
             task=loaded.task,
             names=loaded.names,
             size=size,
+            strides=[int(stride) for stride in loaded.stride],
             channels=loaded.yaml.get("channels", 3),
             batch=report.settings["batch"],
         )

@@ -48,7 +48,7 @@ def full(layers: int = 5) -> dict[str, Any]:
         "kept_in_float": ["model.32.dfl.conv"],
         "sensitivity": [{"layer": "model.5.cv1", "sqnr_db": 8.25}, {"layer": "model.6.cv1", "sqnr_db": None}],
     }
-    bad = layer(layers, path=f"model.{EVIL}$x$", type=EVIL, error=None, ok=False)
+    bad = layer(layers, path=f"model.{EVIL}层$\\frac$", type=EVIL, error=None, ok=False)  # a formula, were it TeX
     report: dict[str, Any] = {
         "schema": "rep_backbones/fuse_export/1",
         "created": "2026-01-02T03:04:05+0000",

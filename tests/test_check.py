@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rep_backbones.export import check as checking
 from rep_backbones.export.report import sha256
 from rep_backbones.yolo.fuse_export_cli import main
 
@@ -101,6 +102,33 @@ def test_no_report(tmp_path: Path, content: bytes | None, said: str, capsys: pyt
     assert main(["--check", str(report)]) == 2
     told = capsys.readouterr()
     assert said in told.err and "give the _deploy_report.json" in told.err and "Traceback" not in told.err
+
+
+def test_a_report_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "LARGEST", 99)
+    with pytest.raises(checking.NoReport, match="no report is that large"):
+        checking.check(written(tmp_path))
+
+
+def test_a_file_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = written(tmp_path)
+
+    def failing(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checking, "sha256", failing)
+    assert main(["--check", str(report)]) == 3
+    assert "best_deploy.onnx: it cannot be read: Input/output error; export again" in capsys.readouterr().err
+
+
+def test_a_link_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = written(tmp_path)
+    (tmp_path / "best_deploy.onnx").unlink()
+    (tmp_path / "best_deploy.onnx").symlink_to("best_deploy.onnx")
+    assert main(["--check", str(report)]) in (2, 3), "newer Pythons resolve it, and find nothing there"
+    assert "best_deploy.onnx" in capsys.readouterr().err
 
 
 def test_folder_in_place_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,6 +143,7 @@ def test_wheel_in_another_folder_finds_its_yamls(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     shipped = {f"rep_backbones/cfg/{path.name}" for path in (ROOT / "cfg").glob("*.yaml")}
     wanted = {str(path.relative_to(ROOT)) for path in SOURCES} | shipped | {"rep_backbones/py.typed"}
+    wanted |= {f"rep_backbones/export/report.{ending}" for ending in ("css", "html.jinja", "schema.json")}
     assert wanted <= names, f"missing in the wheel: {sorted(wanted - names)}"
     (tmp_path / "elsewhere").mkdir()
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -101,6 +101,20 @@ def test_escaped_names_can_be_read() -> None:
     assert text.count("&lt;script&gt;") >= 6 and EVIL in Elements(text).text
 
 
+def test_pictures_are_the_page_s_own() -> None:
+    """Their colours are its variables, their rules are not its rules, and no two things have one name."""
+    text = page(full(), sketches())
+    assert text.count("<style") == 1 and "<metadata" not in text
+    assert text.count("var(--hue0)") > 5 and "#0601" not in text and "#0101" not in text
+    named: dict[str | None, set[str]] = {}
+    for tag, attributes in Elements(text).found:
+        if "id" in attributes:
+            named.setdefault(attributes["id"], set()).add(f"{tag} {attributes}")
+    assert {name for name, things in named.items() if len(things) > 1} == set()
+    assert not [name for name in named if re.fullmatch(r".*_\d+", str(name))], "patch_1 is in every picture"
+    assert "层$\\frac$" in text, "letters that the font lacks, and no formula"
+
+
 def test_a_report_of_little() -> None:
     """No layers, no artefact, nothing measured: what is not known is not shown."""
     report = full()
@@ -111,6 +125,15 @@ def test_a_report_of_little() -> None:
     for absent in ("AP", "Latency", "INT8", "What it finds", "Error per layer", "Before and after"):
         assert absent not in text, absent
     assert "No multi-branch layer was merged" in text
+
+
+def test_ap_of_data_without_any_object() -> None:
+    report = full()
+    for about in (report["trained"], *report["artifacts"].values()):
+        about.pop("ap", None)
+    report["trained"]["ap"] = dict.fromkeys(("ap", "ap50", "ap75", "small", "medium", "large"))
+    assert invalid(report) == []
+    assert Elements(page(report)).text.count("–") >= 6
 
 
 def test_a_model_of_many_branches_and_odd_shares() -> None:

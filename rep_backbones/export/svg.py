@@ -59,7 +59,7 @@ def _inline(write: Callable[[IO[bytes]], object], title: str) -> str:
     text = stream.getvalue().decode()
     text = text[text.index("<svg") :]
     # a style rule would be one for the whole page, and names such as patch_1 are those of each picture
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>| id=\"\w+_\d+\"", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>| id=\"[\w.]+_\d+\"", "", text, flags=re.DOTALL)
     text = re.sub("#[0-9a-f]{6}", lambda found: _themed(found[0]), text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 

@@ -29,6 +29,7 @@ def samples(
     task: str,
     names: Mapping[int, str],
     size: tuple[int, int],
+    strides: Sequence[int] = (8, 16, 32),
     channels: int = 3,
     batch: int = 1,
 ) -> list[Sample]:
@@ -38,8 +39,10 @@ def samples(
         runs: the forms, by their key in the report's artifacts.
         names: of the classes, by index.
         size: (height, width) in pixels that pictures are letterboxed to.
+        strides: of the head's levels; their cells tell predictions from final rows.
         batch: pictures that each run takes at once; the same one is repeated.
     """
+    anchors = sum((size[0] // stride) * (size[1] // stride) for stride in strides)
     found = []
     for path in paths:
         x = pictures(size, channels, [path])
@@ -55,7 +58,7 @@ def samples(
             if task == "classify":
                 each.append(Found(form, classes=_likeliest(output[0], names)))
             else:
-                boxes = _boxes(output, task, names, size, shape, scale)
+                boxes = _boxes(output, output.shape[2] != anchors, task, names, size, shape, scale)
                 each.append(Found(form, boxes[:SHOWN], more=len(boxes[SHOWN:])))
         found.append(Sample(path.name, jpeg, (shown.shape[1], shown.shape[0]), each))
     return found
@@ -74,15 +77,15 @@ def _likeliest(scores: Tensor, names: Mapping[int, str]) -> list[tuple[str, floa
 
 def _boxes(
     output: Tensor,
+    rows: bool,
     task: str,
     names: Mapping[int, str],
     size: tuple[int, int],
     shape: tuple[int, int],
     scale: float,
 ) -> list[Box]:
-    """Those of predictions `(1, 4 + nc + rest, anchors)` or rows `(1, k, 6 + rest)`, best first, in the shown picture."""
+    """Of predictions `(1, 4 + nc + rest, anchors)` or of `rows` `(1, k, 6 + rest)`; best first, in the shown picture."""
     rotated = task == "obb"
-    rows = output.shape[1] >= output.shape[2]  # (1, 300, 6) and its like; predictions have more anchors than channels
     found = non_max_suppression(output, CONFIDENCE, IOU, max_det=MOST, nc=len(names), rotated=rotated, end2end=rows)[0]
     found = found[found[:, 4].argsort(descending=True)]
     found[:, :4] = scale_boxes(size, found[:, :4], shape, xywh=rotated) * scale

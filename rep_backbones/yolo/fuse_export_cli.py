@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rep_backbones.export.files import TargetError
+from rep_backbones.yolo import user_code
 from rep_backbones.yolo.artifacts import FORMATS
 from rep_backbones.yolo.fuse_export import BAD_INPUT, MISSING, PROVED, UNPROVED, Settings, run
 from rep_backbones.yolo.plain_data import Refused
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.device,
     )
     try:
+        for note in user_code.load(options.imports):
+            _say(f"note: {note}")
         outcome = run(options.weights, settings, out=options.out, trust=options.trust, verbose=options.verbose, tell=_say)
     except KeyboardInterrupt:
         return _failed("interrupted; nothing that was there before has changed", INTERRUPTED)
@@ -89,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="such as 0 or cpu (default: cpu; an engine is built on 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all files (default: that of the weights)")
     parser.add_argument("--trust", action="store_true", help="unpickle the file with all code that it holds")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="code of your own that registers layers, imported before the weights are read; a file or a module, repeatable",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what Ultralytics says while it exports")
     return parser
 

@@ -25,7 +25,9 @@ from rep_backbones.yolo.plain_data import Refused, Stored, StoredTensor, plain
 from rep_backbones.yolo.rebuild import MODELS, model_name, rebuild, stored_yaml
 from rep_backbones.yolo.unpickle import DAMAGED, Archive
 
-__all__ = ["Checkpoint", "Refused", "check", "load", "load_precise"]
+__all__ = ["Checkpoint", "Refused", "as_ultralytics", "check", "load", "load_precise"]
+
+_unpickle = torch.load  # what `trust` asks for, also while `door.shut` keeps Ultralytics from it
 
 SUFFIXES = (".pt", ".pth")
 GIVE = "give a checkpoint that Ultralytics saved, such as runs/detect/train/weights/best.pt"
@@ -152,13 +154,31 @@ def _refusing(file: Path, addition: str) -> Iterator[None]:
         raise Refused(f"{file} cannot be read ({error})", "check its permissions, and the disk") from None
 
 
+def as_ultralytics(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dictionary that Ultralytics' own loader gives for `path`, its model rebuilt and the rest (the state of the
+    optimizer, the training's results) as plain data and tensors. Raises Refused as `load` does.
+    """
+    file = existing(path)
+    with _refusing(file, ", and nothing in it was executed"):
+        with Archive(file) as archive:
+            contents = _contents(archive)
+            rebuilt = _from_archive(file, archive, contents)
+            others = {key: value for key, value in contents.items() if key not in ("ema", "model")}
+            rest = plain(others, "the checkpoint", read=archive.tensor)
+    key, other = ("ema", "model") if contents.get("ema") is not None else ("model", "ema")
+    return {**rest, "train_args": rebuilt.args, key: rebuilt.model, other: None}
+
+
 def _rebuilt(file: Path) -> Checkpoint:
     with Archive(file) as archive:
-        contents = _contents(archive)
-        root = _root(contents)
-        args = _training_args(contents)
-        model, dtype = rebuild(root, archive)
-        about = {key: plain(contents.get(key), key) for key in ("epoch", "date", "version")}
+        return _from_archive(file, archive, _contents(archive))
+
+
+def _from_archive(file: Path, archive: Archive, contents: dict[str, Any]) -> Checkpoint:
+    root = _root(contents)
+    args = _training_args(contents)
+    model, dtype = rebuild(root, archive)
+    about = {key: plain(contents.get(key), key) for key in ("epoch", "date", "version")}
     return _described(file, model, MODELS[root.cls.name], args, about, dtype)
 
 
@@ -242,7 +262,7 @@ def _described(
 def _trusted(file: Path) -> Checkpoint:
     """The checkpoint as torch.load unpickles it. Runs the code that it holds; a missing module is named, not installed."""
     try:
-        contents = torch.load(file, map_location="cpu", weights_only=False)
+        contents = _unpickle(file, map_location="cpu", weights_only=False)
     except ModuleNotFoundError as error:
         reason = f"it needs the Python module {error.name!r}, which is not installed here"
         raise Refused(reason, "nothing is installed for you: get it from whoever gave you the file") from error

@@ -3,15 +3,15 @@
     rep-yolo train model=efficientrep-n.yaml data=coco8.yaml epochs=10
     rep-yolo export model=best_deploy.pt format=onnx
 
-The grammar is that of `yolo`. Two keys more: `trust=True` (or `--trust`) reads checkpoints and model YAMLs without first
-checking that they run no code; `train ... expand=DiverseBranchBlock` trains the model with branches beside its plain
+The grammar is that of `yolo`. Three keys more: `import=my_layers.py` (or `--import my_layers.py`, more than once if need be)
+imports code of your own that registers layers; `trust=True` (or `--trust`) reads checkpoints, model YAMLs and data as `yolo`
+does, with the code that they hold; `train ... expand=DiverseBranchBlock` trains the model with branches beside its plain
 convolutions (or a mapping, `expand="{'block': 'MobileOneBlock', 'n': 2}"`). Exit status: 0 done, 1 it failed, 2 bad input,
 130 interrupted.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import sys
@@ -24,10 +24,10 @@ from typing import Any
 import ultralytics.cfg
 import ultralytics.engine.model
 from ultralytics.engine.model import Model
-from ultralytics.nn import tasks
-from ultralytics.utils import SETTINGS, YAML, downloads
+from ultralytics.utils import YAML
 
-from rep_backbones.yolo import checkpoint, expand_key, safe_yaml
+from rep_backbones.yolo import checkpoint, door, expand_key, user_code
+from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.switches import no_installs, replaced
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     one line on failure.
     """
     try:
-        args, trust = _without_trust(sys.argv[1:] if argv is None else argv)
+        args, trust, imports = _without_our_keys(sys.argv[1:] if argv is None else argv)
+        for note in user_code.load(imports):
+            print(f"rep-yolo: note: {note}", file=sys.stderr)
         run(expand_key.with_yaml(args, trust), trust=trust)
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a command line ends with a message and a status, whatever happened
         if os.environ.get("REP_YOLO_TRACEBACK"):
             traceback.print_exc()
+        error = _refusal(error)
         if isinstance(error, _INPUT_ERRORS):
             return _failed(_one_line(error), BAD_INPUT)
         return _failed(f"{_one_line(error)} (REP_YOLO_TRACEBACK=1 shows where)", FAILED)
@@ -56,11 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Sequence[str], *, trust: bool = False) -> None:
-    """The command that `yolo` would run with these arguments, trained by this package's trainers, with checkpoints checked
-    before they are read.
+    """The command that `yolo` would run with these arguments, trained by this package's trainers, and with nothing executed
+    that it reads (see `door`), unless `trust` is given.
 
-    Raises what Ultralytics raises, and `rep_backbones.yolo.checkpoint.Refused` for a checkpoint that is damaged or would
-    run code.
+    Raises what Ultralytics raises, and `rep_backbones.yolo.plain_data.Refused` for a file that is damaged or would run code.
     """
     with ExitStack() as stack:
         for module in (
@@ -72,24 +74,30 @@ def run(args: Sequence[str], *, trust: bool = False) -> None:
         stack.enter_context(no_installs())
         if not trust:
             _check_named_files(args)
-            stack.enter_context(replaced(tasks, "torch_safe_load", _checking_files(tasks.torch_safe_load)))
-            stack.enter_context(replaced(tasks, "parse_model", _checking_yaml(tasks.parse_model)))
+            stack.enter_context(door.shut(args))
         ultralytics.cfg.entrypoint()
 
 
-def _without_trust(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without our own key, and its value."""
+def _without_our_keys(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """The arguments without our own keys, and their values: `trust`, and each `import`."""
     args: list[str] = []
+    imports: list[str] = []
     trust = False
-    for arg in ultralytics.cfg.merge_equals_args(list(argv)):
+    words = iter(ultralytics.cfg.merge_equals_args(list(argv)))
+    for arg in words:
         key, _, value = arg.lstrip("-").partition("=")
-        if key.strip() != "trust":
+        if key.strip() == "import":
+            value = value.strip() or next(words, "")
+            if not value:
+                raise ValueError("import takes a file, such as import=my_layers.py, or a module")
+            imports.append(value)
+        elif key.strip() != "trust":
             args.append(arg)
         elif value.strip().lower() not in (*_TRUE, *_FALSE):
             raise ValueError(f"trust takes True or False, got {value!r}")
         else:
             trust = value.strip().lower() in _TRUE
-    return args, trust
+    return args, trust, imports
 
 
 def _check_named_files(args: Sequence[str]) -> None:
@@ -106,38 +114,6 @@ def _check_named_files(args: Sequence[str]) -> None:
             checkpoint.check(value)
 
 
-def local(weight: Any) -> Path:
-    """The file of a checkpoint; one of Ultralytics' own, or a URL, is downloaded as upstream does it."""
-    file = Path(str(weight).strip())
-    if file.name in downloads.GITHUB_ASSETS_NAMES or "://" in str(weight):
-        file = Path(downloads.attempt_download_asset(weight))
-    return file if file.exists() else Path(SETTINGS["weights_dir"]) / file
-
-
-def _checking_yaml(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A YAML may name any function as a layer, and its activation is evaluated: both only as what they should be."""
-
-    @functools.wraps(stock)
-    def parse_model(d: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return stock(safe_yaml.validated(d), *args, **kwargs)
-
-    return parse_model
-
-
-def _checking_files(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def torch_safe_load(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        file = local(weight)
-        if not file.exists():
-            raise FileNotFoundError(
-                f"checkpoint {str(weight)!r} does not exist; give the path of a .pt file, or a model YAML to start anew"
-            )
-        checkpoint.check(file)
-        return stock(weight, *args, **kwargs)
-
-    return torch_safe_load
-
-
 def _with_our_trainers(stock: Callable[..., Any]) -> Callable[..., Any]:
     def _smart_load(self: Model, key: str) -> Any:
         loaded = stock(self, key)
@@ -150,6 +126,16 @@ def _with_our_trainers(stock: Callable[..., Any]) -> Callable[..., Any]:
         return ours if ours is not None and issubclass(ours, loaded) else loaded
 
     return _smart_load
+
+
+def _refusal(error: Exception) -> Exception:
+    """The refusal behind an error, where there is one: Ultralytics wraps what goes wrong with the data."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Refused):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def _failed(message: str, status: int) -> int:

@@ -15,6 +15,7 @@ from ultralytics.utils import USER_CONFIG_DIR, YAML
 
 from rep_backbones.registry import layer_named
 from rep_backbones.yolo import checkpoint, expanding
+from rep_backbones.yolo.door import local
 
 _FAMILIES = ("rtdetr", "yoloe", "yolo-world")  # words in a name that Ultralytics chooses a class of models by
 _LETTERS = str.maketrans("0123456789", "ghijklmopq")
@@ -40,8 +41,6 @@ def with_yaml(args: Sequence[str], trust: bool) -> list[str]:
     if not model:
         raise ValueError("expand= needs the model that is expanded: model=yolo11n.pt or model=yolo11n.yaml")
     if Path(model).suffix.lower() == ".pt":
-        from rep_backbones.yolo.cli import local
-
         weights = local(model)
         config = dict(checkpoint.load(weights, trust=trust).yaml)
         rest = [*rest, *([] if "pretrained" in given else [f"pretrained={weights}"])]

@@ -29,7 +29,7 @@ from rep_backbones.yolo.pictures import SHIPPED, pictures
 from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.proof import Outputs, layer_proofs
 from rep_backbones.yolo.report_page import report_page
-from rep_backbones.yolo.switches import no_installs, quiet
+from rep_backbones.yolo.switches import no_downloads, no_installs, quiet
 
 PROVED, BAD_INPUT, UNPROVED, MISSING = 0, 2, 3, 4
 # Largest side, in pixels, of the pictures on which the fused model is compared: whether two kernels are equal does not
@@ -113,6 +113,7 @@ def run(
     with ExitStack() as stack:
         work = stack.enter_context(workplace(target))
         stack.enter_context(no_installs())
+        stack.enter_context(no_downloads())
         stack.enter_context(quiet(not verbose))
         making = Making(report, target, work / stem, tell, status=MISSING if lacking else PROVED)
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rep_backbones.export.check import NoReport, check
 from rep_backbones.export.files import TargetError
+from rep_backbones.yolo import user_code
 from rep_backbones.yolo.artifacts import FORMATS
 from rep_backbones.yolo.fuse_export import BAD_INPUT, MISSING, PROVED, UNPROVED, Settings, run
 from rep_backbones.yolo.plain_data import Refused
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.device,
     )
     try:
+        for note in user_code.load(options.imports):
+            _say(f"note: {note}")
         outcome = run(options.weights, settings, out=options.out, trust=options.trust, verbose=options.verbose, tell=_say)
     except KeyboardInterrupt:
         return _failed("interrupted; nothing that was there before has changed", INTERRUPTED)
@@ -112,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="REPORT",
         help="only compare the files beside a _deploy_report.json with the hashes in it",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="code of your own that registers layers, imported before the weights are read; a file or a module, repeatable",
     )
     parser.add_argument("--verbose", action="store_true", help="show what Ultralytics says while it exports")
     return parser

@@ -7,7 +7,7 @@ is callable, none imports anything, and none runs code of the class that it desc
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,29 +105,34 @@ def is_key(value: Any) -> bool:
     return isinstance(value, Scalar) or (isinstance(value, tuple) and all(isinstance(item, Scalar) for item in value))
 
 
-def plain(value: Any, where: str, budget: Iterator[int] | None = None) -> Any:
+Read = Callable[["StoredTensor"], torch.Tensor]
+
+
+def plain(value: Any, where: str, budget: Iterator[int] | None = None, read: Read | None = None) -> Any:
     """A copy of `value` if it is plain data: scalars, and lists, tuples, sets, dictionaries and namespaces of them.
 
-    `where` names the value in messages; `budget`, shared by several calls, ends after MAX_VALUES values in all. Raises
-    Refused for a tensor, a module, an object of any other class, for a container that holds itself, and for one that is
-    nested too deep or too large to walk.
+    `where` names the value in messages; `budget`, shared by several calls, ends after MAX_VALUES values in all; `read`
+    makes tensors of their descriptions. Raises Refused for a tensor (without `read`), a module, an object of any other
+    class, for a container that holds itself, and for one that is nested too deep or too large to walk.
     """
-    return _plain(value, where, 0, iter(range(MAX_VALUES)) if budget is None else budget)
+    return _plain(value, where, 0, iter(range(MAX_VALUES)) if budget is None else budget, read)
 
 
-def _plain(value: Any, where: str, depth: int, budget: Iterator[int]) -> Any:
+def _plain(value: Any, where: str, depth: int, budget: Iterator[int], read: Read | None) -> Any:
     if depth > MAX_DEPTH:
         raise Refused(f"{where} is nested more than {MAX_DEPTH} deep (or holds itself)")
     if next(budget, None) is None:
         raise Refused(f"{where} holds more than {MAX_VALUES:,} values")
     if isinstance(value, Scalar):
         return value
+    if read is not None and isinstance(value, StoredTensor):
+        return read(value)
     if isinstance(value, Stored) and str(value.cls) in NAMESPACES:
         value = value.attributes()
     if isinstance(value, dict):
-        return {key: _plain(item, f"{where}.{key}", depth + 1, budget) for key, item in value.items()}
+        return {key: _plain(item, f"{where}.{key}", depth + 1, budget, read) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([_plain(item, where, depth + 1, budget) for item in value])
+        return type(value)([_plain(item, where, depth + 1, budget, read) for item in value])
     if isinstance(value, (set, frozenset)):
         return set(value)
     raise Refused(f"{where} is {describe(value)}, not plain data")

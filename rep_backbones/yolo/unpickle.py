@@ -227,6 +227,8 @@ class Machine:
     # -- names and objects: here Python's own machine would import and call
     def name(self) -> None:
         module, name = self.line(), self.line()
+        if not name.isidentifier():  # from protocol 4 on Python's own machine follows the dots to anywhere
+            raise Refused(f"it refers to {module}.{name}, which is not a name")
         if (module, name) in NAME_MAPPING:  # protocol 2 writes the names of Python 2
             module, name = NAME_MAPPING[module, name]
         self.push(admitted(Global(IMPORT_MAPPING.get(module, module), name)))
@@ -321,6 +323,27 @@ INSTRUCTIONS: dict[int, Callable[[Machine], None]] = {
 
 
 # --------------------------------------------------------------------------------------------------------------- archive
+# the end of a zip: the record of its table of contents in 64 bits, where that record is, and the same in 32 bits
+_END64, _PLACE, _END = (struct.Struct(form) for form in ("<4sQHHIIQQQQ", "<4sIQI", "<4sHHHHIIH"))
+_TAIL = struct.Struct(f"{_END64.size + _PLACE.size + _END.size}s")
+
+
+def _ends_where_it_says(tail: bytes, size: int, start: int, entries: int) -> bool:
+    """Whether the table of contents at `start`, of so many `entries`, is the one that each record at the end names."""
+    end = size - _END.size
+    mark, _, _, _, count, length, offset, comment = _END.unpack(tail[-_END.size :])
+    if mark != b"PK\x05\x06" or comment:
+        return False
+    place = tail[-_PLACE.size - _END.size : -_END.size]
+    if place[:4] == b"PK\x06\x07":
+        end -= _PLACE.size + _END64.size
+        record = _END64.unpack(tail[: _END64.size])
+        count, length, offset = record[7], record[8], record[9]
+        if record[0] != b"PK\x06\x06" or _PLACE.unpack(place)[2] != end:
+            return False
+    return (offset, count) == (start, entries) and offset + length == end
+
+
 class Archive:
     """A file of `torch.save` (since PyTorch 1.6): an uncompressed zip of one pickle and one record per storage.
 
@@ -358,15 +381,30 @@ class Archive:
         if len(set(names)) != len(names) or sum(info.file_size for info in infos) > self.path.stat().st_size:
             raise Refused("records of its archive overlap, or claim more bytes than the file has", "do not use this file")
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+        if any("/code/" in name.lower() or name.lower().endswith("/constants.pkl") for name in names):
             raise Refused("it is a TorchScript archive (an export), not a checkpoint", "give the .pt file it was made from")
         if len(pickles) != 1:
             raise Refused("it is a zip archive, but not of torch.save (no data.pkl)", "give a checkpoint, such as best.pt")
         root = pickles[0].split("/")[0]
+        self._check_unambiguous(root)
         order = self.record(f"{root}/byteorder") if f"{root}/byteorder" in names else b"little"
         if order != sys.byteorder.encode():
             raise Refused(f"it was saved with {order!r} byte order", f"save it on a {sys.byteorder}-endian machine")
         return root
+
+    def _check_unambiguous(self, root: str) -> None:
+        """Whether PyTorch's own reader sees the same archive: it ignores case in names, and believes other offsets."""
+        infos = self.zip.infolist()
+        names = {info.filename.lower() for info in infos}
+        plain_names = all(info.filename == info.orig_filename and info.filename.isascii() for info in infos)
+        if len(names) != len(infos) or not plain_names or any(not info.filename.startswith(f"{root}/") for info in infos):
+            raise Refused("its archive has names that are read in two ways", "do not use this file")
+        with self.path.open("rb") as file:
+            start = file.read(4)
+            file.seek(-min(self.path.stat().st_size, _TAIL.size), 2)
+            tail = file.read()
+        if start != b"PK\x03\x04" or not _ends_where_it_says(tail, self.path.stat().st_size, self.zip.start_dir, len(infos)):
+            raise Refused("its archive has a table of contents that is read in two ways", "do not use this file")
 
     def record(self, name: str) -> bytes:
         try:

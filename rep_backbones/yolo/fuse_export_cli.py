@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rep_backbones.export.files import TargetError
+from rep_backbones.yolo import formats
 from rep_backbones.yolo.artifacts import FORMATS
 from rep_backbones.yolo.fuse_export import BAD_INPUT, MISSING, PROVED, UNPROVED, Settings, run
 from rep_backbones.yolo.plain_data import Refused
@@ -31,7 +32,13 @@ FAILED = "not everything could be made; what is there is proved"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (the process's own by default); returns the exit status."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.list_formats:
+        print(formats.listing(FORMATS))
+        return PROVED
+    if options.weights is None:
+        parser.error("the weights are missing: give a checkpoint, such as best.pt, or --list-formats")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     settings = Settings(
@@ -42,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         half=options.half,
         nms=options.nms,
         device=options.device,
+        latency=not options.no_latency,
     )
     try:
         outcome = run(options.weights, settings, out=options.out, trust=options.trust, verbose=options.verbose, tell=_say)
@@ -58,8 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for failure in outcome.report.failures:
         if outcome.status == UNPROVED:
             print(f"fuse_export: {failure}", file=sys.stderr)
-    unproved = any(".unproved" in path.suffixes for path in outcome.artifacts.values())
+    about = outcome.report.artifacts
+    unproved = any(about[name]["proved"] is False for name in outcome.artifacts)
     end = FAILED if outcome.status == UNPROVED and not unproved else ENDS[outcome.status]
+    if outcome.status == PROVED and (unrun := [name for name in outcome.artifacts if about[name]["proved"] is None]):
+        end = f"all that can be run here is proved; NOT RUN: {', '.join(unrun)}"
     _say(f"{end} (exit status {outcome.status})")
     return outcome.status
 
@@ -72,14 +83,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 all proved; 2 bad input; 3 a proof failed; 4 a backend is missing; 130 interrupted.",
     )
     parser.add_argument(
-        "weights", help="a checkpoint of Ultralytics, such as runs/detect/train/weights/best.pt; in front of --format"
+        "weights",
+        nargs="?",
+        help="a checkpoint of Ultralytics, such as runs/detect/train/weights/best.pt; in front of --format",
     )
     parser.add_argument(
         "--format",
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(FORMATS)} (default: onnx, and engine where CUDA and TensorRT are)",
+        help=f"proved: {', '.join(FORMATS)}; others as --list-formats tells (default: onnx, and engine where CUDA and "
+        "TensorRT are)",
+    )
+    parser.add_argument(
+        "--list-formats", action="store_true", help="tell which formats can be made and proved here, and end"
     )
     parser.add_argument("--imgsz", nargs="+", type=int, help="pixels, or height and width (default: as trained)")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: 1)")
@@ -87,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--half", action="store_true", help="FP16")
     parser.add_argument("--nms", action="store_true", help="put non-maximum suppression into the artefact")
     parser.add_argument("--device", help="such as 0 or cpu (default: cpu; an engine is built on 0)")
+    parser.add_argument("--no-latency", action="store_true", help="do not measure how long each form takes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all files (default: that of the weights)")
     parser.add_argument("--trust", action="store_true", help="unpickle the file with all code that it holds")
     parser.add_argument("--verbose", action="store_true", help="show what Ultralytics says while it exports")

@@ -41,6 +41,8 @@ FP32, FP16, ENGINE = 1e-5, 2e-2, 1e-2  # of an output's range; an engine compute
 TOLERANCES = {"torchscript": 1e-6, "openvino": FP32, "ncnn": 2e-5}
 
 LOUD = {"ncnn"}  # whose converter is a program that prints what it does
+GPU_HALF = {"torchscript"}  # which Ultralytics writes in FP16 on a GPU only
+ONE_BY_ONE = {"ncnn"}  # whose runtime takes one picture at a time; a file for more computes something else
 
 NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults, in the graph with --nms
 
@@ -177,7 +179,7 @@ def make_and_run(name: str, job: Job) -> Made:
     made = Made(path)
     try:
         run = runner(path)
-        halved = job.settings.half and not (name == "torchscript" and run.precision == "fp32")
+        halved = run.precision == "fp16" if name in GPU_HALF else job.settings.half
         compared = _compare(
             job,
             run,
@@ -185,8 +187,8 @@ def make_and_run(name: str, job: Job) -> Made:
             tolerance=FP16 if halved else TOLERANCES[name],
             made=made,
         )
-    except ValueError as error:
-        made.failures.append(str(error))
+    except Exception as error:  # each runtime has exceptions of its own
+        made.failures.append(f"{path.name} cannot be run: {error}")
         return made
     made.about = {**proof(compared), "precision": "fp16" if halved else "fp32"}
     if not compared.ok:
@@ -223,10 +225,11 @@ class ExportFailed(Exception):
 
 def _exported(job: Job, name: str) -> Path:
     wanted = job.settings
-    options: dict[str, Any] = {"format": name, "imgsz": list(job.size), "batch": wanted.batch, "dynamic": wanted.dynamic}
+    options: dict[str, Any] = {"format": name, "imgsz": list(job.size), "dynamic": wanted.dynamic}
+    options["batch"] = 1 if name in ONE_BY_ONE else wanted.batch
     if name in ("onnx", "engine") or "opset" in known.arguments(name):
         options["opset"] = OPSET
-    if wanted.half:
+    if wanted.half and not (name in GPU_HALF and wanted.device in (None, "cpu")):
         options |= {"quantize": 16} if "quantize" in DEFAULT_CFG_DICT else {"half": True}
     if wanted.nms:
         options |= {"nms": True, **NMS}

@@ -38,7 +38,7 @@ NEEDS: dict[str, Needs] = {
     "torchscript": Needs(),
     "engine": Needs(),  # tensorrt.missing() tells
     "openvino": Needs(("openvino",), "openvino"),
-    # the version that Ultralytics asks for: the NCNN files of one that came later crash
+    # the converter's version is the one that Ultralytics asks for, because of crashes with a later one
     "ncnn": Needs(("ncnn", "pnnx"), "ncnn pnnx==20260526"),
     "coreml": Needs(("coremltools",), "coremltools"),
     "coreai": Needs(("coreai_torch",), "coreai-torch"),

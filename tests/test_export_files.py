@@ -35,7 +35,7 @@ def test_hash_sees_every_change_in_a_folder(tmp_path: Path, other: dict[str, str
     assert sha256(folder(tmp_path / "other", **other)) != sha256(folder(tmp_path / "one", a="1", b="2"))
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in three"])
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two"])
 @pytest.mark.parametrize("before", ["nothing", "a folder", "a file", "a link"])
 @pytest.mark.parametrize("new", ["a folder", "a file"])
 def test_a_place_is_taken_whole(

@@ -1,4 +1,4 @@
-"""What is timed when: in turn, after a warm-up, within a budget. The clock is injected, so nothing here depends on a machine."""
+"""What is timed when: in turn, after a warm-up, within a budget. The clock is injected."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def _runs(process: str) -> bool:
 def place(moves: Iterable[tuple[Path, Path]]) -> None:
     """Give files and folders their places one right after the other, with interrupts held back meanwhile.
 
-    Each replaces what was there, a folder too. Where a folder stood or comes, what was there ends up where the new one was.
+    Each replaces what was there, a folder too. Where a folder stood or comes, what was there ends up beside the new one's
+    former place, which is to be cleared away.
 
     Raises:
         TargetError: a place cannot be written to.
@@ -102,12 +103,10 @@ def place(moves: Iterable[tuple[Path, Path]]) -> None:
 
 
 def _swap(made: Path, path: Path) -> None:
-    """Exchange the two in one step where the system can, so that a kill leaves one of them whole; in three where not."""
+    """Exchange the two in one step where the system can, so that a kill leaves one of them whole; in two where not."""
     if not _exchanged(made, path):
-        old = made.with_name(f"{made.name}.old")
-        os.rename(path, old)
+        os.rename(path, made.with_name(f"{made.name}.old"))
         os.rename(made, path)
-        os.rename(old, made)
 
 
 def _exchanged(made: Path, path: Path) -> bool:

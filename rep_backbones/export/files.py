@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -84,7 +85,10 @@ def _runs(process: str) -> bool:
 
 
 def place(moves: Iterable[tuple[Path, Path]]) -> None:
-    """Give files their places one right after the other, with interrupts held back meanwhile; each replaces what was there.
+    """Give files and folders their places one right after the other, with interrupts held back meanwhile.
+
+    Each replaces what was there, a folder too. Where a folder stood or comes, what was there ends up beside the new one's
+    former place, which is to be cleared away.
 
     Raises:
         TargetError: a place cannot be written to.
@@ -92,9 +96,26 @@ def place(moves: Iterable[tuple[Path, Path]]) -> None:
     with _uninterrupted():
         for made, path in moves:
             with _telling(path):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                os.replace(made, path)
+                if os.path.lexists(path) and (made.is_dir() or (path.is_dir() and not path.is_symlink())):
+                    _swap(made, path)
+                else:
+                    os.replace(made, path)
+
+
+def _swap(made: Path, path: Path) -> None:
+    """Exchange the two in one step where the system can, so that a kill leaves one of them whole; in two where not."""
+    if not _exchanged(made, path):
+        os.rename(path, made.with_name(f"{made.name}.old"))
+        os.rename(made, path)
+
+
+def _exchanged(made: Path, path: Path) -> bool:
+    exchange, relative_to_here = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an old C library
+        return False
+    return rename(relative_to_here, os.fsencode(made), relative_to_here, os.fsencode(path), exchange) == 0
 
 
 @contextmanager

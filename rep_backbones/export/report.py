@@ -17,7 +17,18 @@ from rep_backbones.export.files import replacing
 from rep_backbones.verify import Report as Comparison
 
 SCHEMA = "rep_backbones/fuse_export/1"
-_PACKAGES = ("torch", "torchvision", "ultralytics", "onnx", "onnxruntime", "onnxslim", "tensorrt")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "ultralytics",
+    "onnx",
+    "onnxruntime",
+    "onnxslim",
+    "openvino",
+    "ncnn",
+    "pnnx",
+    "tensorrt",
+)
 
 
 @dataclass(frozen=True)
@@ -97,12 +108,30 @@ def versions() -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Of the file's content, hexadecimal."""
+    """Of a file's content, hexadecimal; of a folder, that of the lines "<hash>  <name>" of its files, sorted by name.
+
+    That is what `sha256sum` prints for the names relative to the folder, so a folder's can be checked by hand.
+    """
+    if path.is_dir():
+        lines = (f"{sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files_in(path))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in files_in(path)) if path.is_dir() else path.stat().st_size
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted by their names relative to it."""
+    return sorted(
+        (file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.relative_to(folder).as_posix()
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,3 +33,24 @@ def here(settings: Settings) -> tuple[Settings, str]:
         return replace(settings, device=str(index)), ""
     there = f"there are {count}, counted from 0" if count else "PyTorch finds no CUDA device here"
     return replace(settings, device=None), f"--device {given}: {there}; all that a CPU can make is made on the CPU"
+
+
+def at_hand(given: str | None) -> torch.device:
+    """Where a PyTorch model is timed: on the device that is asked for, else on a GPU if there is one."""
+    if given is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device("cpu" if given == "cpu" else f"cuda:{given}")
+
+
+def described(device: str) -> str:
+    """A device with the name of its make, such as "cpu (AMD EPYC, 2 threads)"."""
+    if device != "cpu":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({_processor()}, {torch.get_num_threads()} threads)"
+
+
+def _processor() -> str:
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()

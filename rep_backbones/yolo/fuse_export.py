@@ -20,10 +20,11 @@ from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import get_flops
 
 from rep_backbones.export.files import TargetError, disk_is_full, place, replacing, workplace, writable_folder
-from rep_backbones.export.report import Counts, Report, proof, sha256
+from rep_backbones.export.report import Counts, Report, bytes_of, proof, sha256
 from rep_backbones.rules import FoldError, check_numbers, multi_branch
 from rep_backbones.verify import verify
-from rep_backbones.yolo import artifacts, checkpoint, devices, with_data
+from rep_backbones.yolo import artifacts, checkpoint, devices, timing, with_data
+from rep_backbones.yolo import formats as known
 from rep_backbones.yolo.deploy import save_deploy
 from rep_backbones.yolo.pictures import SHIPPED, pictures
 from rep_backbones.yolo.plain_data import Refused
@@ -52,6 +53,7 @@ class Settings:
     data: Path | None = None  # a YOLO data YAML or a folder in COCO's layout
     device: str | None = None
     pictures: tuple[Path, ...] = SHIPPED
+    latency: bool = True  # measure how long each form takes, in a few seconds
 
 
 @dataclass
@@ -97,6 +99,7 @@ def run(
     """
     settings = settings or Settings(**changes)
     formats = artifacts.chosen((*settings.formats, "onnx") if settings.int8 and settings.formats else settings.formats)
+    known.check(formats, settings)
     if settings.batch < 1:
         raise ValueError(f"batch={settings.batch} is not accepted; give a whole number from 1")
     settings, lacking = devices.here(settings)
@@ -119,13 +122,15 @@ def run(
         try:
             deployed = _fused(loaded, making, batch, settings.pictures)
             making.keep("pt", making.path(".pt"))
-            job = artifacts.Job(target / f"{stem}.pt", making.path(".pt"), deployed, batch, settings, size)
+            job = artifacts.Job(target / f"{stem}.pt", making.path(".pt"), deployed, batch, settings, size, verbose)
             for name in formats:
                 making.add(name, job)
             if data is not None and settings.int8:
                 with_data.add_int8(making, job, data, loaded)
             if data is not None:
                 with_data.add_ap(making, loaded.model, deployed, data, job, loaded.names)
+            if settings.latency:
+                timing.add(report, loaded.model, job, making.proved(), tell)
         except Unproved as error:
             making.fail(str(error))
             if making.path(".pt").exists():
@@ -166,7 +171,7 @@ class Making:
         """Make the artefact of one format, and keep it under a name that says whether it is proved."""
         self.tell(f"exporting to {name}")
         try:
-            made = artifacts.FORMATS[name](job)
+            made = artifacts.make(name, job)
         except artifacts.ExportFailed as error:
             if disk_is_full(error):
                 raise TargetError(f"cannot write to {self.target}: No space left on device. Free the space on it") from error
@@ -181,15 +186,25 @@ class Making:
             return
         for failure in made.failures:
             self.fail(failure)
-        self.keep(name, made.path, proved=not made.failures)
+        self.keep(name, made.path, proved=not made.failures if made.run else None)
 
-    def keep(self, name: str, made: Path, *, proved: bool = True) -> None:
-        """A finished file, and where it will be: under its good name only if it is proved."""
-        path = self.target / (made.name if proved else f"{made.stem}.unproved{made.suffix}")
+    def keep(self, name: str, made: Path, *, proved: bool | None = True) -> None:
+        """A finished file or folder, and where it will be: not under its good name if its proof failed.
+
+        Args:
+            proved: None if it was not run.
+        """
+        ending = made.name.removeprefix(self.stem.name)
+        path = self.target / (f"{self.stem.name}.unproved{ending}" if proved is False else made.name)
         self.places[name] = path
         self.moves.append((made, path))
         about = self.report.artifacts.setdefault(name, {})
-        about.update(path=path.name, sha256=sha256(made), bytes=made.stat().st_size, proved=proved)
+        about.update(path=path.name, sha256=sha256(made), bytes=bytes_of(made), proved=proved)
+
+    def proved(self) -> dict[str, Path]:
+        """What is proved, by format, where it is now."""
+        made = {path: file for file, path in self.moves}
+        return {name: made[path] for name, path in self.places.items() if self.report.artifacts[name]["proved"]}
 
     def write_page(self, html: str) -> None:
         with replacing(self.path("_report.html")) as temporary:
@@ -199,9 +214,10 @@ class Making:
         """Give everything its place, the report last: its hashes tell whether all others are of the same run."""
         reports = [self.path("_report.html"), self.path("_report.json")]
         place([*self.moves, *((report, self.target / report.name) for report in reports)])
-        for _, path in self.moves:
-            proved = ".unproved" not in path.suffixes
-            self.tell(f"{'wrote' if proved else 'NOT PROVED, kept as'} {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        said = {True: "wrote", False: "NOT PROVED, kept as", None: "wrote, NOT RUN,"}
+        for name, path in self.places.items():
+            about = self.report.artifacts[name]
+            self.tell(f"{said[about['proved']]} {path} ({about['bytes'] / 1e6:.1f} MB)")
         self.tell(f"wrote {self.target / reports[0].name}, to be opened in a browser")
 
 

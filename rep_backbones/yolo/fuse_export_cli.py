@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rep_backbones.export.check import NoReport, check
 from rep_backbones.export.files import TargetError
-from rep_backbones.yolo import user_code
+from rep_backbones.yolo import formats, user_code
 from rep_backbones.yolo.artifacts import FORMATS
 from rep_backbones.yolo.fuse_export import BAD_INPUT, MISSING, PROVED, UNPROVED, Settings, run
 from rep_backbones.yolo.plain_data import Refused
@@ -37,10 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.check and options.weights:
         parser.error("--check takes a report and no checkpoint; give one of them")
+    if options.list_formats:
+        print(formats.listing(FORMATS))
+        return PROVED
     if options.check:
         return _check(options.check)
     if options.weights is None:
-        parser.error("give a checkpoint, such as runs/detect/train/weights/best.pt, or --check REPORT")
+        parser.error("give a checkpoint, such as runs/detect/train/weights/best.pt, or --check REPORT, or --list-formats")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     settings = Settings(
@@ -54,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         int8_max_drop=options.int8_max_drop,
         data=options.data,
         device=options.device,
+        latency=not options.no_latency,
     )
     try:
         for note in user_code.load(options.imports):
@@ -72,8 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for failure in outcome.report.failures:
         if outcome.status == UNPROVED:
             print(f"fuse_export: {failure}", file=sys.stderr)
-    unproved = any(".unproved" in path.suffixes for path in outcome.artifacts.values())
+    about = outcome.report.artifacts
+    unproved = any(about[name]["proved"] is False for name in outcome.artifacts)
     end = FAILED if outcome.status == UNPROVED and not unproved else ENDS[outcome.status]
+    if outcome.status == PROVED and (unrun := [name for name in outcome.artifacts if about[name]["proved"] is None]):
+        end = f"all that can be run here is proved; NOT RUN: {', '.join(unrun)}"
     _say(f"{end} (exit status {outcome.status})")
     return outcome.status
 
@@ -95,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(FORMATS)} (default: onnx, and engine where CUDA and TensorRT are)",
+        help=f"proved: {', '.join(FORMATS)}; others as --list-formats tells (default: onnx, and engine where CUDA and "
+        "TensorRT are)",
+    )
+    parser.add_argument(
+        "--list-formats", action="store_true", help="tell which formats can be made and proved here, and end"
     )
     parser.add_argument("--imgsz", nargs="+", type=int, help="pixels, or height and width (default: as trained)")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: 1)")
@@ -108,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, help="data YAML or COCO folder: AP of every form, and pictures for INT8")
     parser.add_argument("--device", help="such as 0 or cpu (default: cpu; an engine is built on 0)")
+    parser.add_argument("--no-latency", action="store_true", help="do not measure how long each form takes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all files (default: that of the weights)")
     parser.add_argument("--trust", action="store_true", help="unpickle the file with all code that it holds")
     parser.add_argument(

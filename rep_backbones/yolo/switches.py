@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import PurePosixPath
@@ -125,3 +126,34 @@ def quiet(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         LOGGER.setLevel(level)
+
+
+@contextmanager
+def jit_unwarned() -> Iterator[None]:
+    """Without PyTorch's warnings that TorchScript is deprecated: whoever asks for it knows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`?torch\.jit")
+        yield
+
+
+@contextmanager
+def muted(wanted: bool = True) -> Iterator[None]:
+    """What programs and compiled libraries print, past Python's own streams, is not seen."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream in kept:
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nowhere)

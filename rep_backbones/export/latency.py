@@ -1,0 +1,57 @@
+"""How long things take, measured in turn, so that a slow moment of the machine meets all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one call: the median, the smallest and the largest of so many runs."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    runs: int = 10,
+    warmup: int = 2,
+    seconds: float = 3.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Latency]:
+    """Time each of `calls` once per round.
+
+    Args:
+        calls: each must end with its result ready: what runs on a GPU waits for it.
+        runs: rounds at most.
+        warmup: untimed rounds before, at most.
+        seconds: after so many, no other round begins, but for one of each kind.
+        clock: gives seconds.
+
+    Raises:
+        ValueError: `runs` is below 1.
+    """
+    if runs < 1:
+        raise ValueError(f"runs={runs} is not accepted; give a whole number from 1")
+    end = clock() + seconds
+    for done in range(warmup):
+        if done and clock() >= end:
+            break
+        for call in calls.values():
+            call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for done in range(runs):
+        if done and clock() >= end:
+            break
+        for name, call in calls.items():
+            start = clock()
+            call()
+            taken[name].append((clock() - start) * 1e3)
+    return {name: Latency(statistics.median(ms), min(ms), max(ms), len(ms)) for name, ms in taken.items()}

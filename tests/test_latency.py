@@ -1,0 +1,50 @@
+"""What is timed when: in turn, after a warm-up, within a budget. The clock is injected."""
+
+from __future__ import annotations
+
+import pytest
+
+from rep_backbones.export.latency import Latency, measure
+
+
+class Clock:
+    """Seconds that pass only when something is called."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.called: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, name: str, *seconds: float) -> object:
+        left = list(seconds)
+
+        def call() -> None:
+            self.called.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+def test_calls_are_timed_in_turn_after_the_warm_up() -> None:
+    clock = Clock()
+    calls = {"a": clock.taking("a", 9.0, 0.001, 0.004, 0.002), "b": clock.taking("b", 9.0, 0.020, 0.010, 0.060)}
+    found = measure(calls, runs=3, warmup=1, seconds=99, clock=clock)  # type: ignore[arg-type]
+    assert clock.called == ["a", "b"] * 4
+    assert found["a"] == Latency(*(pytest.approx(ms) for ms in (2.0, 1.0, 4.0)), runs=3)
+    assert found["b"] == Latency(*(pytest.approx(ms) for ms in (20.0, 10.0, 60.0)), runs=3)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 2), (2.5, 3), (4.5, 5), (99.0, 12)])
+def test_the_budget_ends_it_but_every_call_is_timed_once(seconds: float, rounds: int) -> None:
+    clock = Clock()
+    calls = {"a": clock.taking("a", 0.5), "b": clock.taking("b", 0.5)}
+    found = measure(calls, runs=10, warmup=2, seconds=seconds, clock=clock)  # type: ignore[arg-type]
+    assert clock.called == ["a", "b"] * rounds
+    assert found["a"].runs == found["b"].runs == max(rounds - 2, 1)
+
+
+def test_no_runs_are_refused() -> None:
+    with pytest.raises(ValueError, match="runs=0"):
+        measure({"a": int}, runs=0)

@@ -22,6 +22,7 @@ from rep_backbones.yolo import artifacts, formats, timing
 from rep_backbones.yolo.fuse_export_cli import main
 from rep_backbones.yolo.switches import jit_unwarned
 
+REPORTS = ("best_deploy_report.json", "best_deploy_report.html")
 ENDINGS = {"torchscript": ".torchscript", "openvino": "_openvino_model", "ncnn": "_ncnn_model"}
 LACKING = [name for name in ENDINGS if not all(map(importlib.util.find_spec, formats.NEEDS[name].modules))]
 HERE = [name for name in ENDINGS if name not in LACKING]
@@ -35,7 +36,7 @@ def test_files_and_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     weights = saved(tmp_path)
     assert main([str(weights), "--format", *HERE]) == 0
     written = {f"best_deploy{ENDINGS[name]}" for name in HERE}
-    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy_report.json", *written}
+    assert files(tmp_path) == {"best.pt", "best_deploy.pt", *REPORTS, *written}
     for name in HERE:
         made, path = report(weights)["artifacts"][name], tmp_path / f"best_deploy{ENDINGS[name]}"
         assert made["path"] == path.name and made["proved"] is True and made["precision"] == "fp32"
@@ -164,7 +165,7 @@ def test_a_path_in_which_the_ending_of_the_checkpoint_occurs(tmp_path: Path) -> 
     out = tmp_path / "run.pt.5"
     assert main([str(saved(tmp_path)), "--format", "openvino", "torchscript", "--out", str(out), "--no-latency"]) == 0
     made = {"best_deploy.torchscript", "best_deploy_openvino_model"}
-    assert files(out) == {"best_deploy.pt", "best_deploy_report.json", *made}
+    assert files(out) == {"best_deploy.pt", *REPORTS, *made}
     assert files(tmp_path) == {"best.pt", out.name}, "nothing beside the folder"
 
 
@@ -212,7 +213,7 @@ def test_a_package_that_is_missing(
     assert main([str(weights), "--format", "torchscript", name]) == 4
     assert said in report(weights)["failures"][0] and said in report(weights)["artifacts"][name]["missing"]
     assert said in capsys.readouterr().out
-    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy.torchscript", "best_deploy_report.json"}
+    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy.torchscript", *REPORTS}
     assert no_pip == []
 
 

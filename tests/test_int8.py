@@ -205,7 +205,7 @@ def test_a_loss_that_stays_too_large_is_not_proved(
     monkeypatch.setattr(int8.Int8, "drop", property(lambda self: 3.5))
     assert main([str(weights), "--format", "onnx", "--int8", "--data", str(data)]) == 3
     assert "loses 3.50 AP, over the 1.0 of --int8-max-drop" in capsys.readouterr().err
-    assert "best_deploy_int8.unproved.onnx" in files(tmp_path) and "best_deploy_int8.onnx" not in files(tmp_path)
+    assert "best_deploy.unproved_int8.onnx" in files(tmp_path) and "best_deploy_int8.onnx" not in files(tmp_path)
 
 
 def test_no_memory_for_calibration_keeps_the_rest(

@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rep_backbones.export.check import NoReport, check
@@ -43,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.check:
         return _check(options.check)
     if options.weights is None:
-        parser.error("give a checkpoint, such as runs/detect/train/weights/best.pt, or --check REPORT, or --list-formats")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+        parser.error("the weights are missing: give a checkpoint, such as best.pt, or --check REPORT, or --list-formats")
     settings = Settings(
         formats=tuple(options.format),
         imgsz=tuple(options.imgsz) if options.imgsz else None,
@@ -60,9 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         latency=not options.no_latency,
     )
     try:
-        for note in user_code.load(options.imports):
-            _say(f"note: {note}")
-        outcome = run(options.weights, settings, out=options.out, trust=options.trust, verbose=options.verbose, tell=_say)
+        with _terminable():
+            for note in user_code.load(options.imports):
+                _say(f"note: {note}")
+            outcome = run(
+                options.weights, settings, out=options.out, trust=options.trust, verbose=options.verbose, tell=_say
+            )
     except KeyboardInterrupt:
         return _failed("interrupted; nothing that was there before has changed", INTERRUPTED)
     except (Refused, TargetError, ValueError) as error:
@@ -156,8 +158,21 @@ def _check(report: Path) -> int:
     return PROVED
 
 
-def _terminated(*_: object) -> None:
-    raise KeyboardInterrupt  # what was made so far is cleared away, as after Ctrl-C
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does: what was made so far is cleared away."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+
+    def terminated(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(line: str) -> None:

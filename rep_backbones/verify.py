@@ -19,6 +19,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3, torc
 HOPELESS = 1e-3  # of the range: a difference that no rounding in float32 explains
 
 
+class Mismatch(ValueError):
+    """Two models whose outputs cannot be compared: they have other numbers or shapes."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """The largest difference in one output.
@@ -90,7 +94,8 @@ def verify(
     does more than the reference's own rounding does.
 
     Raises:
-        ValueError: in train mode, without a batch, or if the outputs have other numbers or shapes.
+        Mismatch: the outputs have other numbers or shapes, so that the models compute something else.
+        ValueError: in train mode, or without a batch.
     """
     for name, model in (("reference", reference), ("candidate", candidate)):
         if isinstance(model, nn.Module) and any(m.training for m in model.modules()):
@@ -137,13 +142,13 @@ def _compare(reference: Any, candidate: Any, batches: list[Any], tolerance: floa
         with torch.no_grad():
             expected, got = dict(tensors(reference(batch))), dict(tensors(candidate(batch)))
         if expected.keys() != got.keys():
-            raise ValueError(
+            raise Mismatch(
                 f"the reference gives outputs {sorted(expected)}, the candidate {sorted(got)}; they must be the same"
             )
         for name, a in expected.items():
             b = got[name]
             if a.shape != b.shape:
-                raise ValueError(
+                raise Mismatch(
                     f"output {name} has shape {tuple(a.shape)} in the reference and {tuple(b.shape)} in the candidate"
                 )
             if not a.numel():

@@ -87,7 +87,9 @@ def test_a_training_is_resumed_as_with_trust(stopped: Path, tmp_path: Path) -> N
     assert all(torch.equal(state[key], other[key]) for key in other)
 
 
-def test_an_evil_best_beside_what_is_resumed_is_not_read(stopped: Path, tmp_path: Path) -> None:
+def test_an_evil_best_beside_what_is_resumed_is_not_read(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run that came from elsewhere, none of whose later epochs is better: its best.pt is finished at the end."""
     canary, run = tmp_path / "canary", tmp_path / "run"
     shutil.copytree(stopped, run)
@@ -95,8 +97,8 @@ def test_an_evil_best_beside_what_is_resumed_is_not_read(stopped: Path, tmp_path
     content["train_args"]["save_dir"], content["best_fitness"] = str(run), 1e9
     torch.save(content, run / "weights" / "last.pt")
     torch.save({**contents(built(tiny_yaml())), "evil": touch(canary)}, run / "weights" / "best.pt")
-    main(["train", "resume=True", f"model={run / 'weights' / 'last.pt'}"])
-    assert not canary.exists()
+    assert main(["train", "resume=True", f"model={run / 'weights' / 'last.pt'}"]) == 2
+    assert "best.pt is refused" in capsys.readouterr().err and not canary.exists()
 
 
 def test_what_the_process_saved_itself_is_read_as_ever(tmp_path: Path) -> None:
@@ -146,10 +148,11 @@ def test_only_yamls_that_ultralytics_ships_download(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(data_utils, "check_det_dataset", stock)
     monkeypatch.chdir(tmp_path)
-    with door.shut([]):
+    with door.shut(["val", "data=coco8.yaml", f"source={tmp_path / 'mine.yaml'}"]):
         data_utils.check_det_dataset("coco8.yaml")
         data_utils.check_det_dataset(data_yaml(tmp_path / "mine.yaml"))
-        assert seen == {"coco8.yaml": True, str(tmp_path / "mine.yaml"): False}
+        data_utils.check_det_dataset("coco128.yaml")  # which nobody named
+        assert seen == {"coco8.yaml": True, str(tmp_path / "mine.yaml"): False, "coco128.yaml": False}
         data_yaml(tmp_path / "coco8.yaml")  # of the same name, which Ultralytics takes first
         data_utils.check_det_dataset("coco8.yaml")
         assert seen["coco8.yaml"] is False
@@ -161,6 +164,8 @@ def test_missing_data_says_what_to_do(tmp_path: Path) -> None:
             data_utils.check_det_dataset(data_yaml(tmp_path / "plain.yaml"))
         with pytest.raises(Refused, match=r"images not found.*`download:` is not run; get the data yourself.*--trust"):
             data_utils.check_det_dataset(data_yaml(tmp_path / "code.yaml", "download: raise SystemExit\n"))
+        with pytest.raises(Refused, match="name it with data="):
+            data_utils.check_det_dataset("xView.yaml")
         (tmp_path / "images").mkdir()
         assert data_utils.check_det_dataset(tmp_path / "code.yaml")["nc"] == 1, "the pictures are here"
 

@@ -27,7 +27,7 @@ class OnnxModel:
     Calling it takes a float tensor `(n, c, h, w)` and gives the list of its outputs, in the type of the file.
 
     Raises:
-        ValueError: the file is not an ONNX model that ONNX Runtime accepts, with its reason.
+        ValueError: the file is not an ONNX model that ONNX Runtime accepts, with its reason; or it fails on an input.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,11 @@ class OnnxModel:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         given = x.detach().cpu().numpy().astype(np.float16 if self._half_input else np.float32)
-        return [torch.from_numpy(value).float() for value in self.session.run(None, {self._input.name: given})]
+        try:
+            outputs = self.session.run(None, {self._input.name: given})
+        except Exception as error:  # the runtime's exceptions have no base of their own
+            raise ValueError(f"{self.path} fails on {tuple(x.shape)}: {error}") from error
+        return [torch.from_numpy(value).float() for value in outputs]
 
     @property
     def input_shape(self) -> list[int | str]:

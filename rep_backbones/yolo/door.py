@@ -4,7 +4,7 @@
 |---------------------------------------------------------|------------------------------------------------------------|
 | unpickles a .pt, and installs the modules that it names | the model is rebuilt (`checkpoint`), the rest is plain data |
 | calls what a model YAML's rows and activation name      | the YAML is validated (`safe_yaml`)                        |
-| runs a data YAML's `download:` if the pictures lack     | it is refused, but for the YAMLs that Ultralytics ships     |
+| runs a data YAML's `download:` if the pictures lack     | refused, but for those of Ultralytics' own that are named   |
 | unpickles labels.cache, which lies beside the labels    | one with code is not read, and made anew                   |
 | fetches the pictures that an .ndjson file lists         | it is refused                                              |
 | downloads fonts, and a model to test mixed precision    | only what the command names is downloaded                  |
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ultralytics.data import converter
 from ultralytics.data import utils as data_utils
 from ultralytics.nn import tasks
 from ultralytics.utils import DATASETS_DIR, LOGGER, ROOT, SETTINGS, YAML, checks, downloads
@@ -33,6 +34,7 @@ from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.switches import no_downloads, replaced, replaced_everywhere
 
 RUN_IT = "get the data yourself and put it there; if you trust where the file comes from, --trust runs it"
+NAME_IT = "name it with data= if it may be fetched"
 # what an array, or a dictionary with arrays, is pickled with
 _ARRAYS = {
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
@@ -54,13 +56,11 @@ def shut(named: Sequence[str]) -> Iterator[None]:
         made: set[str] = set()
         load = _loading(torch.load, made)
         changes: list[tuple[Any, str, Any]] = [
-            (data_utils, "check_det_dataset", _detection_data(data_utils.check_det_dataset, freely)),
+            (data_utils, "check_det_dataset", _detection_data(data_utils.check_det_dataset, named, freely)),
             (data_utils, "check_cls_dataset", _classification_data(data_utils.check_cls_dataset, named)),
             (data_utils, "load_dataset_cache_file", label_cache),
+            (converter, "convert_ndjson_to_yolo", _no_list_of_addresses),
         ]
-        if "convert_ndjson_to_yolo_if_needed" in vars(data_utils):  # since 8.4
-            name = "convert_ndjson_to_yolo_if_needed"
-            changes.append((data_utils, name, _no_ndjson(vars(data_utils)[name])))
         for module, name, value in changes:
             stack.enter_context(replaced_everywhere(getattr(module, name), name, value))
         stack.enter_context(replaced(torch, "save", _remembering(torch.save, made)))
@@ -144,10 +144,12 @@ def _checking_yaml(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
-def _detection_data(stock: Callable[..., Any], freely: Callable[[], Any]) -> Callable[..., Any]:
+def _detection_data(stock: Callable[..., Any], named: Sequence[str], freely: Callable[[], Any]) -> Callable[..., Any]:
+    wanted = {Path(word.partition("=")[2]).stem for word in named}
+
     @functools.wraps(stock)
     def check_det_dataset(dataset: Any, autodownload: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if _shipped(dataset):
+        if Path(str(dataset)).stem in wanted and _shipped(dataset):
             with freely():
                 return stock(dataset, autodownload, *args, **kwargs)
         try:
@@ -156,7 +158,8 @@ def _detection_data(stock: Callable[..., Any], freely: Callable[[], Any]) -> Cal
             if not _downloads(dataset):
                 raise
             missing = str(error).partition("\n")[0]
-            raise Refused(f"{dataset}: {missing}, and its `download:` is not run", RUN_IT) from error
+            remedy = NAME_IT if _shipped(dataset) else RUN_IT
+            raise Refused(f"{dataset}: {missing}, and its `download:` is not run", remedy) from error
 
     return check_det_dataset
 
@@ -189,14 +192,8 @@ def _classification_data(stock: Callable[..., Any], named: Sequence[str]) -> Cal
     return check_cls_dataset
 
 
-def _no_ndjson(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def convert_ndjson_to_yolo_if_needed(data: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(data).partition("?")[0].endswith(".ndjson"):
-            raise Refused(f"{data} is a list of addresses, which are not fetched", RUN_IT)
-        return stock(data, *args, **kwargs)
-
-    return convert_ndjson_to_yolo_if_needed
+def _no_list_of_addresses(data: Any, *args: Any, **kwargs: Any) -> Any:
+    raise Refused(f"{data} is a list of addresses, which are not fetched", RUN_IT)
 
 
 class _Plain(pickle.Unpickler):

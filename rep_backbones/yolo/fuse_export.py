@@ -22,7 +22,7 @@ from ultralytics.utils.torch_utils import get_flops
 from rep_backbones.export.files import TargetError, disk_is_full, place, replacing, workplace, writable_folder
 from rep_backbones.export.report import Counts, Report, bytes_of, proof, sha256
 from rep_backbones.rules import FoldError, check_numbers, multi_branch
-from rep_backbones.verify import verify
+from rep_backbones.verify import Mismatch, verify
 from rep_backbones.yolo import artifacts, checkpoint, devices, timing, with_data
 from rep_backbones.yolo import formats as known
 from rep_backbones.yolo.deploy import save_deploy
@@ -258,9 +258,13 @@ def _fused(loaded: checkpoint.Checkpoint, making: Making, batch: Tensor, paths: 
         raise Refused(f"{loaded.path} cannot be fused: {error}", "nothing was written") from error
     deployed = checkpoint.load(target, trust=True).model  # this very run wrote it
     report.counts["after"] = after = counts(deployed, batch)
-    compared = verify(Outputs(model), Outputs(deployed), shown.split(1))
-    report.proofs["fuse"] = proof(compared)
     bad = [layer for layer in report.layers if not layer.ok]
+    try:
+        compared = verify(Outputs(model), Outputs(deployed), shown.split(1))
+    except (Mismatch, RuntimeError) as error:  # another shape, at the end or on the way there
+        first = f"layer {bad[0].path} ({bad[0].type}) gives another shape" if bad else "it gives another shape"
+        raise Unproved(f"the fused model computes something else: {first} ({error})") from error
+    report.proofs["fuse"] = proof(compared)
     worst = max((layer.error for layer in report.layers), default=0.0)
     making.tell(
         f"fused {len(layers)} multi-branch layers: {report.counts['before'].convs} -> {after.convs} convolutions, "

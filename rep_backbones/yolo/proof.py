@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rep_backbones.export.report import LayerProof
 from rep_backbones.fuse import fuse_and_map
 from rep_backbones.rules import branch_names, multi_branch
-from rep_backbones.verify import tensors, verify
+from rep_backbones.verify import Difference, Mismatch, Report, tensors, verify
 from rep_backbones.yolo.branch_log import shares
 
 
@@ -69,26 +69,33 @@ def exported_form(model: nn.Module, end2end: bool | None = None, corners: bool =
 def layer_proofs(model: nn.Module, batch: Tensor) -> list[LayerProof]:
     """Each multi-branch layer of `model` against its convolution, on the inputs that the layer meets for `batch`.
 
+    Compared is what stands in front of the activation, behind which a wrong channel may be zero by chance.
+
     Raises:
         FoldError: a layer cannot be fused exactly, with its path and the reason.
     """
     fused, places = fuse_and_map(model)
     convs = dict(fused.named_modules())
-    layers = {path: (layer, branch_names(part)) for path, layer, part in multi_branch(model)}
+    layers = {path: (layer, part) for path, layer, part in multi_branch(model)}
+    inside = set(model.modules())
     parts = shares(model)
     found: dict[str, LayerProof] = {}
 
-    def checked(path: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def checked(path: str, merged: nn.Module) -> Callable[..., None]:
+        def hook(branches: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             handles.pop(path).remove()  # the comparison runs the layer again
-            report = verify(lambda _: output, convs[path], [inputs[0]])
-            if not report.ok:  # looked at again in float64, for which the layer itself is needed
-                report = verify(layer, convs[path], [inputs[0]])
+            try:
+                report = verify(lambda _: output, merged, [inputs[0]])
+                if not report.ok:  # looked at again in float64, for which the layer itself is needed
+                    report = verify(branches, merged, [inputs[0]])
+            except Mismatch:
+                report = Report([Difference("0", float("inf"), 0.0, 0.0)])
+            layer, part = layers[path]
             conv: Any = convs[places[path]]
             found[path] = LayerProof(
                 path=path,
                 type=type(layer).__name__,
-                branches=layers[path][1],
+                branches=branch_names(part),
                 kernel=list(conv.kernel_size),
                 stride=list(conv.stride),
                 groups=conv.groups,
@@ -99,7 +106,12 @@ def layer_proofs(model: nn.Module, batch: Tensor) -> list[LayerProof]:
 
         return hook
 
-    handles = {path: layer.register_forward_hook(checked(path)) for path, (layer, _) in layers.items()}
+    handles = {}
+    for path, (layer, part) in layers.items():
+        if part in inside:
+            handles[path] = part.register_forward_hook(checked(path, convs[places[path]]))
+        else:  # of a layer of other people, of which `part` is a view
+            handles[path] = layer.register_forward_hook(checked(path, convs[path]))
     try:
         with torch.no_grad():
             model(batch)

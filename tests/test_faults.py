@@ -28,6 +28,7 @@ from rep_backbones.verify import Mismatch
 from rep_backbones.yolo.fuse_export_cli import main
 
 fuse_module: Any = importlib.import_module("rep_backbones.fuse")  # the verb has the same name
+REPORTS = ("best_deploy_report.json", "best_deploy_report.html")
 Part = Any  # what folds to one convolution
 Fold = Callable[[Part], nn.Conv2d]
 
@@ -189,7 +190,7 @@ def test_the_export_stops(
     spoilt = spoil(monkeypatch, fault, position)
     assert main([str(weights)]) == 3
     assert set(spoilt) == {["model.1", "model.2.0", "model.2.1", "model.3"][position]}
-    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy.unproved.pt", "best_deploy_report.json"}
+    assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy.unproved.pt", *REPORTS}
     assert (tmp_path / "best_deploy.pt").read_bytes() == b"the one before"
     assert spoilt[0] in capsys.readouterr().err and "onnx" not in report(weights)["artifacts"]
     assert [layer["path"] for layer in report(weights)["layers"] if not layer["ok"]] == [spoilt[0]]
@@ -288,7 +289,8 @@ def test_the_onnx_proof_finds_it(fault: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Exporter, "export_onnx", spoilt)
     assert main([str(weights), "--format", "onnx"]) == 3
     assert files(tmp_path) == {
-        *("best.pt", "best_deploy.pt", "best_deploy.onnx", "best_deploy.unproved.onnx", "best_deploy_report.json")
+        *("best.pt", "best_deploy.pt", "best_deploy.onnx", "best_deploy.unproved.onnx"),
+        *REPORTS,
     }
     assert (tmp_path / "best_deploy.onnx").read_bytes() == b"the one before"
     found = report(weights)

@@ -68,7 +68,7 @@ def refused(run: Any, argv: list[str], folder: Path, capsys: pytest.CaptureFixtu
     assert status == 2 and "Traceback" not in err, err
     assert tree(folder) == before
     (line,) = [line for line in err.splitlines() if line.startswith(("rep-yolo:", "fuse_export:", "eval_coco:"))]
-    assert line.endswith((".", "❌")) and len(line) < 1000
+    assert len(line) < 1000
     return line
 
 

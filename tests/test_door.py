@@ -292,7 +292,7 @@ def test_fuse_export_neither_fetches_nor_installs(tmp_path: Path, monkeypatch: p
         ):
             with pytest.raises((ConnectionError, Refused)):
                 action()
-        return artifacts.Made(job.checkpoint, missing="tried")
+        return artifacts.Made(job.checkpoint, {"missing": "tried"}, missing="tried")
 
     monkeypatch.setitem(artifacts.FORMATS, "onnx", nosy)
     outcome = fuse_export.run(saved(tmp_path / "best.pt", built(tiny_yaml())), formats=("onnx",), imgsz=64)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rep_backbones.affine import pair
+from rep_backbones.affine import batch_norm, pair
 
 
 def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -201,9 +201,9 @@ class PaddedBatchNorm2d(nn.Module):
         """What the normalization makes of a zero in eval, `(c,)`: from the running statistics, as the padding is not
         data.
         """
-        bn = self.bn
-        assert bn.running_mean is not None and bn.running_var is not None
-        return bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt()
+        border = batch_norm(self.bn).bias
+        assert border is not None  # a norm always has one
+        return border
 
     def extra_repr(self) -> str:
         return f"padding={self.padding}"

@@ -124,7 +124,7 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(good: Path, tmp_path: Path) 
     data = good.read_bytes()
     for length in [1, 2, 4, *range(100, len(data), len(data) // 25), len(data) - 1]:
         (tmp_path / "best.pt").write_bytes(data[:length])
-        refused(tmp_path / "best.pt")
+        assert "best.pt" in refused(tmp_path / "best.pt"), f"cut off at {length}"
 
 
 def test_a_flipped_bit_in_the_weights_is_found(good: Path, tmp_path: Path) -> None:

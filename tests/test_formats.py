@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_fuse_export import files, report, saved
+from test_fuse_export import ROOT, files, report, saved
 from ultralytics import YOLO
 from ultralytics.engine.exporter import Exporter
 from ultralytics.utils import ASSETS
@@ -173,8 +173,8 @@ def test_a_path_in_which_the_ending_of_the_checkpoint_occurs(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def no_pip(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Programs that are started; pip would be one."""
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The programs that were to be started; none is, and Ultralytics may look for packages."""
     started: list[Any] = []
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -204,7 +204,7 @@ def test_a_package_that_is_missing(
     module: str,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
-    no_pip: list[Any],
+    started: list[Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if module:
@@ -214,7 +214,26 @@ def test_a_package_that_is_missing(
     assert said in report(weights)["failures"][0] and said in report(weights)["artifacts"][name]["missing"]
     assert said in capsys.readouterr().out
     assert files(tmp_path) == {"best.pt", "best_deploy.pt", "best_deploy.torchscript", *REPORTS}
-    assert no_pip == []
+    assert not [command for command in started if "install" in str(command)], "by pip, uv or apt"
+
+
+REPORTS_NOTHING = """
+import sys
+from rep_backbones.yolo.fuse_export_cli import main
+status = main([sys.argv[1], "--format", "openvino", "--no-latency"])
+sys.exit(status or ("openvino_telemetry" in sys.modules))
+"""
+
+
+@pytest.mark.skipif("openvino" in LACKING, reason="openvino is not installed")
+def test_openvino_does_not_report_its_use(tmp_path: Path) -> None:
+    """It keeps a number for the user in the home folder from its import on, and sends it."""
+    (tmp_path / "home").mkdir()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", REPORTS_NOTHING, str(saved(tmp_path))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "best_deploy_openvino_model").exists() and not (tmp_path / "home" / "intel").exists()
 
 
 def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,7 +287,9 @@ def test_merged_is_a_convolution_with_bias_and_without_norm(tmp_path: Path, laye
 
 def test_fused_stock_models_are_left_to_ultralytics(tmp_path: Path) -> None:
     stock = built(tmp_path, "Conv")
-    refuse_fused(stock, deepcopy(stock).fuse(verbose=False))
+    fused = deepcopy(stock).fuse(verbose=False)
+    assert merged_layers(stock, fused) == []
+    refuse_fused(stock, fused)
 
 
 def test_weights_of_a_fused_stock_model_are_refused_for_branches(tmp_path: Path) -> None:
@@ -370,7 +372,7 @@ def test_deploy_of_weights_that_are_not_finite_is_told(tmp_path: Path, tiny_run:
     run = SimpleNamespace(best=tmp_path / "best.pt", wdir=tmp_path)
     KeepsBranches._save_deploy(run)
     (text,) = told
-    assert all(part in text for part in ("best_deploy.pt was not written", "NaN or inf", "fuse_export.py"))
+    assert all(part in text for part in ("best_deploy.pt was not written", "NaN or infinite", "fuse_export.py"))
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 

@@ -29,7 +29,7 @@ from rep_backbones.verify import Report, verify
 from rep_backbones.yolo import formats as known
 from rep_backbones.yolo.backends import runner
 from rep_backbones.yolo.proof import conv_calls, exported_form, split
-from rep_backbones.yolo.switches import jit_unwarned, muted
+from rep_backbones.yolo.switches import jit_unwarned, muted, untold
 
 if TYPE_CHECKING:
     from rep_backbones.yolo.fuse_export import Settings
@@ -238,7 +238,7 @@ def _exported(job: Job, name: str) -> Path:
         options |= {"nms": True, **NMS}
     options["device"] = wanted.device if wanted.device is not None else ("0" if name == "engine" else "cpu")
     try:
-        with jit_unwarned(), muted(name in LOUD and not job.verbose), tempfile.TemporaryDirectory() as folder:
+        with untold(), jit_unwarned(), muted(name in LOUD and not job.verbose), tempfile.TemporaryDirectory() as folder:
             return _at_home(job, Path(folder), options)
     except Exception as error:  # of whatever library stands behind the format
         raise ExportFailed(

@@ -26,7 +26,7 @@ from ultralytics.utils import YAML
 from rep_backbones.export.onnx_model import OnnxModel
 from rep_backbones.yolo import checkpoint, formats
 from rep_backbones.yolo.proof import exported_form
-from rep_backbones.yolo.switches import jit_unwarned
+from rep_backbones.yolo.switches import jit_unwarned, untold
 
 Outputs = list[Tensor]
 
@@ -132,7 +132,8 @@ def _torchscript(path: Path, device: torch.device) -> Runner:
 
 
 def _openvino(path: Path, device: torch.device) -> Runner:
-    import openvino
+    with untold():
+        import openvino
 
     graph = openvino.Core().read_model(_inside(path, "*.xml"))
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}

@@ -129,6 +129,23 @@ def quiet(wanted: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def untold() -> Iterator[None]:
+    """OpenVINO, if it is imported within the block for the first time, does not report its use over the network.
+
+    It does so from its import on, unless its package for that is missing.
+    """
+    name = "openvino_telemetry"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+@contextmanager
 def jit_unwarned() -> Iterator[None]:
     """Without PyTorch's warnings that TorchScript is deprecated: whoever asks for it knows."""
     with warnings.catch_warnings():

@@ -400,7 +400,7 @@ def per_channel(factor: Tensor, bias: Tensor | None = None) -> AffineConv:
     return AffineConv(factor.reshape(-1, 1, 1, 1), bias, groups=factor.numel())
 
 
-def batch_norm(bn: nn.BatchNorm2d | nn.BatchNorm1d) -> AffineConv:
+def batch_norm(bn: nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm) -> AffineConv:
     """Batch normalization in eval as a per-channel value: `gamma / sqrt(var + eps) * (x - mean) + beta`.
 
     Raises:

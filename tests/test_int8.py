@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,6 +197,17 @@ def test_int8_and_ap_of_every_form(tmp_path: Path, data: Path, capsys: pytest.Ca
         assert set(form["ap"]) == {"ap", "ap50", "ap75", "small", "medium", "large"} and 0 <= form["ap"]["ap"] <= 1
     assert found["trained"]["ap"] == pytest.approx(found["artifacts"]["pt"]["ap"], abs=1e-3)
     assert found["settings"]["data"] == "data.yaml" and found["settings"]["int8"]
+
+
+def test_ap_of_other_formats(tmp_path: Path, data: Path) -> None:
+    """Each by its own runtime, on the pictures that the others see; a file that takes two at once too."""
+    weights = named_model(tmp_path)
+    formats = ["onnx", "torchscript", *(name for name in ("openvino", "ncnn") if importlib.util.find_spec(name))]
+    assert main([str(weights), "--format", *formats, "--batch", "2", "--data", str(data), "--no-latency"]) == 0
+    found = report(weights)
+    assert set(found["artifacts"]) == {"pt", *formats}
+    for name in formats:
+        assert found["artifacts"][name]["ap"] == pytest.approx(found["trained"]["ap"], abs=1e-3), name
 
 
 def test_a_loss_that_stays_too_large_is_not_proved(

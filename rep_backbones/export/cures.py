@@ -56,9 +56,7 @@ def clipped(model: onnx.ModelProto, layers: Sequence[str], steps: int = 20) -> o
     for node in graph.convs():
         if node.name not in layers:
             continue
-        value = graph.value(node)
-        flat = value.weight.flatten(1)
-        peak = flat.abs().amax(1, keepdim=True).clamp_min(1e-30)
+        value, flat, peak = _kernel(graph, node)
         best, error = peak.clone(), torch.full_like(peak, float("inf"))
         for step in range(steps):
             limit = peak * (1 - 0.5 * step / steps)
@@ -79,15 +77,20 @@ def bias_corrected(model: onnx.ModelProto, layers: Sequence[str], means: Mapping
     for node in graph.convs():
         if node.name not in layers:
             continue
-        value = graph.value(node)
-        flat = value.weight.flatten(1)
-        peak = flat.abs().amax(1, keepdim=True).clamp_min(1e-30)
+        value, flat, peak = _kernel(graph, node)
         lost = AffineConv((flat - rounded(flat, peak)).reshape(value.weight.shape), groups=value.groups)
         mean = means[node.input]
         response = affine.per_channel(torch.ones_like(mean), mean).then(lost).bias
         assert response is not None  # a constant went in
         graph.write(node, value.shifted(response))
     return graph.model
+
+
+def _kernel(graph: _Graph, node: _Conv) -> tuple[AffineConv, Tensor, Tensor]:
+    """A layer's value, its kernel with a row for each output channel, and the largest absolute entry of each."""
+    value = graph.value(node)
+    flat = value.weight.flatten(1)
+    return value, flat, flat.abs().amax(1, keepdim=True).clamp_min(1e-30)
 
 
 def rounded(values: Tensor, limit: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.engine.exporter import NMSModel
-from ultralytics.nn.autobackend import AutoBackend
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT
 
 from rep_backbones.export import tensorrt
@@ -124,8 +123,7 @@ def make_onnx(job: Job) -> Made:
         "input": graph.input_shape,
         "unknown_to_tensorrt": unknown,
     }
-    if not compared.ok:
-        made.failures.append(f"{path.name} computes something else than the fused model:\n{compared}")
+    _judge(made, compared)
     if graph.leftover_branches:
         made.failures.append(f"{path.name} still sums parallel branches at {', '.join(graph.leftover_branches[:5])}")
     if graph.conv_nodes > expected:
@@ -159,18 +157,12 @@ def make_engine(job: Job) -> Made:
     except ExportFailed as error:
         where = f"--format engine: {error}. The ONNX file is kept; build the engine with\n    {line}"
         return Made(path, {"missing": str(error), "trtexec": line}, missing=where)
-    device = torch.device(f"cuda:{job.settings.device or 0}")
-    backend = AutoBackend(str(path), device=device, fp16=job.settings.half)
-
-    def engine(x: Tensor) -> list[Tensor]:
-        output = backend(x.to(device))
-        return [value.float().cpu() for value in (output if isinstance(output, (list, tuple)) else [output])]
-
     made = Made(path)
-    compared = _compare(job, engine, end2end=None, tolerance=ENGINE, made=made)
+    compared = _compare(
+        job, runner(path, device=f"cuda:{job.settings.device or 0}"), end2end=None, tolerance=ENGINE, made=made
+    )
     made.about = {**proof(compared), "precision": "fp16" if job.settings.half else "fp32", "trtexec": line}
-    if not compared.ok:
-        made.failures.append(f"{path.name} computes something else than the fused model:\n{compared}")
+    _judge(made, compared)
     return made
 
 
@@ -194,11 +186,15 @@ def make_and_run(name: str, job: Job) -> Made:
         made.failures.append(f"{path.name} cannot be run: {error}")
         return made
     made.about = {**proof(compared), "precision": "fp16" if halved else "fp32"}
-    if not compared.ok:
-        made.failures.append(f"{path.name} computes something else than the fused model:\n{compared}")
+    _judge(made, compared)
     if job.settings.half and not halved:
         made.notes.append(f"{path.name} is FP32: Ultralytics writes FP16 on a GPU only; give --device 0")
     return made
+
+
+def _judge(made: Made, compared: Report) -> None:
+    if not compared.ok:
+        made.failures.append(f"{made.path.name} computes something else than the fused model:\n{compared}")
 
 
 def make_unproved(name: str, job: Job) -> Made:

@@ -107,6 +107,17 @@ def model_runner(model: nn.Module, device: str | torch.device = "cpu") -> Runner
     return Runner(lambda x: listed(form(x.to(place))), str(place))
 
 
+def model_predictor(model: nn.Module, device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
+    """The predictions alone of an Ultralytics model; the rest as `model_runner`."""
+    run = model_runner(model, device)
+    return lambda x: run(x)[0]
+
+
+def can_run(path: Path) -> bool:
+    """Whether artefacts of that name can be run where their runtime is installed."""
+    return path.name.endswith((".pt", *OPENERS))
+
+
 def listed(output: Any) -> Outputs:
     """One tensor or several, arrays too, as a list of float32 tensors on the CPU."""
     values = output if isinstance(output, (list, tuple)) else [output]

@@ -25,10 +25,11 @@ from torch import nn
 from ultralytics import YOLO
 
 from rep_backbones.blocks import RepVGGBlock
-from rep_backbones.export.files import TargetError, replacing, writable_folder
+from rep_backbones.export.files import replacing, writable_folder
 from rep_backbones.export.report import versions
 from rep_backbones.fuse import fuse
 from rep_backbones.registry import LAYERS
+from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.expanding import expand
 
 # Ding et al., "RepVGG", CVPR 2021, table 2: RepVGG-B3 has layers 1, 4, 6, 16, 1, widths 64 x [1, 3, 6, 12] and 512 x 5
@@ -214,20 +215,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.job:
         print(json.dumps(JOBS[options.job]()))
         return 0
-    try:
-        folder = writable_folder(options.out) if options.out else None
-        text = table(measured(max(options.repeats, 1)))
-        if folder:
-            about: Any = ", ".join(f"{name} {version}" for name, version in versions().items())
-            file = folder / (device().lower().replace(",", "").replace(" ", "-") + ".md")
-            with replacing(file) as temporary:
-                temporary.write_text(f"# {device()}\n\nWritten by `tools/benchmark.py` with {about}.\n\n{text}")
-    except KeyboardInterrupt:
-        print("benchmark: interrupted", file=sys.stderr)
-        return 130
-    except TargetError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
+    return ended("benchmark", lambda: _write(options))
+
+
+def _write(options: argparse.Namespace) -> int:
+    folder = writable_folder(options.out) if options.out else None
+    text = table(measured(max(options.repeats, 1)))
+    if folder:
+        about: Any = ", ".join(f"{name} {version}" for name, version in versions().items())
+        file = folder / (device().lower().replace(",", "").replace(" ", "-") + ".md")
+        with replacing(file) as temporary:
+            temporary.write_text(f"# {device()}\n\nWritten by `tools/benchmark.py` with {about}.\n\n{text}")
     print(text)
     return 0
 

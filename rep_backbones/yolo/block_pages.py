@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,11 +14,12 @@ import torch
 from tqdm import tqdm
 
 from rep_backbones.export import diagram
-from rep_backbones.export.files import TargetError, writable_folder
+from rep_backbones.export.files import writable_folder
 from rep_backbones.fuse import fuse
 from rep_backbones.registry import LAYERS
 from rep_backbones.yolo import pages
 from rep_backbones.yolo.benchmark import ROOT, device
+from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.training_cost import plain_twin, step_costs
 
 TOOL = "tools/block_pages.py"
@@ -75,16 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", nargs="+", choices=ours(), default=ours(), help="blocks (default: all)")
     parser.add_argument("--repeats", type=int, default=15, help="steps of each (default: 15)")
     options = parser.parse_args(argv)
-    try:
-        pages.check(options.out, TOOL)
-        pictures = writable_folder(options.out.parent / "pictures" / "blocks")
-        for name in options.blocks:
-            draw(name, pictures)
-        pages.fill(options.out, TOOL, "\n".join(table(options.blocks, max(options.repeats, 1))))
-    except KeyboardInterrupt:
-        print("block_pages: interrupted; the page is as it was", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, TargetError) as error:
-        print(f"block_pages: {error}", file=sys.stderr)
-        return 2
+    return ended("block_pages", lambda: _write(options), interrupted="interrupted; the page is as it was")
+
+
+def _write(options: argparse.Namespace) -> int:
+    pages.check(options.out, TOOL)
+    pictures = writable_folder(options.out.parent / "pictures" / "blocks")
+    for name in options.blocks:
+        draw(name, pictures)
+    pages.fill(options.out, TOOL, "\n".join(table(options.blocks, max(options.repeats, 1))))
     return 0

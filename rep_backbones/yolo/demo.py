@@ -15,10 +15,12 @@ from typing import Any
 from tqdm import tqdm
 from ultralytics import YOLO
 
-from rep_backbones.export.files import TargetError, replacing, writable_folder
+from rep_backbones.export.files import replacing, writable_folder
 from rep_backbones.yolo import fuse_export
+from rep_backbones.yolo.backends import predictor
+from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.dataset import open_data
-from rep_backbones.yolo.forms import evaluated, onnx_predictor, table
+from rep_backbones.yolo.forms import evaluated, table
 from rep_backbones.yolo.gallery import gallery
 from rep_backbones.yolo.shapes import NAMES, make_shapes
 from rep_backbones.yolo.switches import no_installs, quiet
@@ -51,14 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: ./demo)")
     parser.add_argument("--epochs", type=int, default=TRAINING["epochs"])
     options = parser.parse_args(argv)
-    try:
-        return demo(writable_folder(options.out), options.epochs)
-    except KeyboardInterrupt:
-        print("demo: interrupted", file=sys.stderr)
-        return 130
-    except (TargetError, ValueError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+    return ended("demo", lambda: demo(writable_folder(options.out), options.epochs))
 
 
 def demo(out: Path, epochs: int, train: int = 320, val: int = 80) -> int:
@@ -82,7 +77,7 @@ def demo(out: Path, epochs: int, train: int = 320, val: int = 80) -> int:
     with replacing(out / "table.md") as temporary:
         temporary.write_text(table(forms))
     gallery(
-        onnx_predictor(outcome.artifacts["onnx"]),
+        predictor(outcome.artifacts["onnx"]),
         [picture.path for picture in pictures.pictures[:8]],
         out / "detections.png",
         names=dict(enumerate(NAMES)),

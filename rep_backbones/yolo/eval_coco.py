@@ -6,9 +6,6 @@ python tools/eval_coco.py best.pt best_deploy.pt best_deploy.onnx --data coco.ya
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -16,14 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rep_backbones.export.files import TargetError, replacing, writable_folder
+from rep_backbones.export.files import replacing, writable_folder
 from rep_backbones.yolo import backends, checkpoint, user_code
 from rep_backbones.yolo.coco_ap import AP, evaluate, found_in, save
+from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.dataset import SPLITS, DataSet, open_data
-from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.switches import no_downloads, no_installs, quiet
 
-BAD_INPUT, FAILED, MISSING, INTERRUPTED = 2, 3, 4, 130
 COLUMNS = ("AP", "AP50", "AP75", "small", "medium", "large")
 
 
@@ -46,8 +42,7 @@ def opened(path: Path, *, trust: bool = False, device: str = "cpu") -> Form:
     """
     if path.suffix == ".pt":
         loaded = checkpoint.load_precise(path, trust=trust)
-        of_model = backends.model_runner(loaded.model, device)
-        return Form(path, lambda x: of_model(x)[0], loaded.names, _size(loaded.args.get("imgsz")))
+        return Form(path, backends.model_predictor(loaded.model, device), loaded.names, _size(loaded.args.get("imgsz")))
     run = backends.runner(path, device=device)
     names = run.about.get("names")
     if not isinstance(names, Mapping) or not names:
@@ -89,19 +84,8 @@ def evaluated(forms: Sequence[Form], data: DataSet, size: tuple[int, int], out: 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 bad input, 3 an artefact failed, 4 a backend is missing, 130."""
     options = _parser().parse_args(argv)
-    try:
-        with no_installs(), no_downloads(), quiet():
-            return _run(options)
-    except KeyboardInterrupt:
-        return _failed("interrupted", INTERRUPTED)
-    except backends.MissingBackend as error:
-        return _failed(str(error), MISSING)
-    except (Refused, TargetError, ValueError) as error:
-        return _failed(str(error), BAD_INPUT)
-    except Exception as error:  # a command line ends with a message and a status, whatever happened
-        if os.environ.get("REP_YOLO_TRACEBACK"):
-            traceback.print_exc()
-        return _failed(f"{type(error).__name__}: {error} (REP_YOLO_TRACEBACK=1 shows where)", FAILED)
+    with no_installs(), no_downloads(), quiet():
+        return ended("eval_coco", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -141,8 +125,3 @@ def _parser() -> argparse.ArgumentParser:
         "--import", dest="imports", action="append", default=[], metavar="FILE", help="your own layers; may be repeated"
     )
     return parser
-
-
-def _failed(message: str, status: int) -> int:
-    print(f"eval_coco: {message}", file=sys.stderr, flush=True)
-    return status

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from ultralytics.nn.tasks import BaseModel, DetectionModel, RTDETRDetectionModel
 
 from rep_backbones.candidates import ExpandError
 from rep_backbones.containers import Concat, Residual, Scale
-from rep_backbones.export.files import TargetError
 from rep_backbones.fuse import fuse
 from rep_backbones.registry import LAYERS
 from rep_backbones.rules import multi_branch
 from rep_backbones.verify import verify
 from rep_backbones.yolo import pages
 from rep_backbones.yolo.benchmark import ROOT, shuffled
+from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.expanding import expand
 
 TOOL = "tools/expand_table.py"  # as in the mark of the page
@@ -221,13 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="networks (default: all)")
     parser.add_argument("--blocks", nargs="+", choices=sorted(LAYERS), default=sorted(LAYERS), help="blocks (default: all)")
     options = parser.parse_args(argv)
-    try:
-        pages.check(options.out, TOOL)
-        pages.fill(options.out, TOOL, "\n\n".join(tables(options.models, options.blocks)))
-    except KeyboardInterrupt:
-        print("expand_table: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, TargetError) as error:
-        print(f"expand_table: {error}", file=sys.stderr)
-        return 2
+    return ended("expand_table", lambda: _write(options), interrupted="interrupted; nothing was written")
+
+
+def _write(options: argparse.Namespace) -> int:
+    pages.check(options.out, TOOL)
+    pages.fill(options.out, TOOL, "\n\n".join(tables(options.models, options.blocks)))
     return 0

@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from rep_backbones.export.onnx_model import OnnxModel
 from rep_backbones.yolo import checkpoint
+from rep_backbones.yolo.backends import model_predictor, predictor
 from rep_backbones.yolo.coco_ap import AP, Predict, coco_ap
 from rep_backbones.yolo.dataset import DataSet
 from rep_backbones.yolo.fuse_export import Outcome
@@ -26,40 +23,24 @@ class Form:
     ap: AP
 
 
-def predictor(model: nn.Module) -> Predict:
-    """The predictions `(n, 4 + nc, anchors)` of a model in eval mode, without fusing it first."""
-
-    def predict(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(x)[0]
-
-    return predict
-
-
-def onnx_predictor(path: Path) -> Predict:
-    """The same of an ONNX file."""
-    graph = OnnxModel(path)
-    return lambda x: graph(x)[0]
-
-
 def evaluated(weights: Path, outcome: Outcome, data: DataSet, size: int, *, progress: bool = True) -> list[Form]:
     """Evaluate the trained checkpoint and what `fuse_export.run` made of it, by pycocotools on square pictures of `size`."""
     trained = checkpoint.load_precise(weights, trust=True)  # our own run wrote it
     report = outcome.report
     artifacts = report.artifacts
     rows: list[tuple[str, int, float | None, Callable[[], Predict]]] = [
-        ("multi-branch", report.counts["before"].convs, None, lambda: predictor(trained.model)),
+        ("multi-branch", report.counts["before"].convs, None, lambda: model_predictor(trained.model)),
         (
             "fused",
             report.counts["after"].convs,
             report.proofs["fuse"]["error"],
-            lambda: predictor(checkpoint.load(outcome.artifacts["pt"], trust=True).model),
+            lambda: predictor(outcome.artifacts["pt"], trust=True),
         ),
         (
             "ONNX",
             artifacts["onnx"]["conv_nodes"],
             artifacts["onnx"]["error"],
-            lambda: onnx_predictor(outcome.artifacts["onnx"]),
+            lambda: predictor(outcome.artifacts["onnx"]),
         ),
     ]
     return [

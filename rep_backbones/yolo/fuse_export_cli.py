@@ -7,29 +7,25 @@ Exit status: 0 all proved; 2 bad input, or a target that cannot be written; 3 a 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rep_backbones.export.check import NoReport, check
-from rep_backbones.export.files import TargetError
 from rep_backbones.yolo import formats, user_code
 from rep_backbones.yolo.artifacts import FORMATS
+from rep_backbones.yolo.command import ended, failed
 from rep_backbones.yolo.fuse_export import BAD_INPUT, MISSING, PROVED, UNPROVED, Settings, run
-from rep_backbones.yolo.plain_data import Refused
 
-INTERRUPTED = 130
 ENDS = {
     PROVED: "all proved",
     UNPROVED: "NOT PROVED; do not deploy what is named .unproved. The report says where it differs",
     MISSING: "all that can be made here is made and proved",
 }
-FAILED = "not everything could be made; what is there is proved"
+NOT_ALL = "not everything could be made; what is there is proved"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check(options.check)
     if options.weights is None:
         parser.error("the weights are missing: give a checkpoint, such as best.pt, or --check REPORT, or --list-formats")
+    return ended("fuse_export", lambda: _run(options), interrupted="interrupted; nothing that was there before has changed")
+
+
+def _run(options: argparse.Namespace) -> int:
     settings = Settings(
         formats=tuple(options.format),
         imgsz=tuple(options.imgsz) if options.imgsz else None,
@@ -58,21 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=options.device,
         latency=not options.no_latency,
     )
-    try:
-        with _terminable():
-            for note in user_code.load(options.imports):
-                _say(f"note: {note}")
-            outcome = run(
-                options.weights, settings, out=options.out, trust=options.trust, verbose=options.verbose, tell=_say
-            )
-    except KeyboardInterrupt:
-        return _failed("interrupted; nothing that was there before has changed", INTERRUPTED)
-    except (Refused, TargetError, ValueError) as error:
-        return _failed(str(error), BAD_INPUT)
-    except Exception as error:  # a command line ends with a message and a status, whatever happened
-        if os.environ.get("REP_YOLO_TRACEBACK"):
-            traceback.print_exc()
-        return _failed(f"{type(error).__name__}: {error} (REP_YOLO_TRACEBACK=1 shows where)", UNPROVED)
+    with _terminable():
+        for note in user_code.load(options.imports):
+            _say(f"note: {note}")
+        outcome = run(options.weights, settings, out=options.out, trust=options.trust, verbose=options.verbose, tell=_say)
     for note in outcome.report.notes:
         _say(f"note: {note}")
     for failure in outcome.report.failures:
@@ -80,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fuse_export: {failure}", file=sys.stderr)
     about = outcome.report.artifacts
     unproved = any(about[name]["proved"] is False for name in outcome.artifacts)
-    end = FAILED if outcome.status == UNPROVED and not unproved else ENDS[outcome.status]
+    end = NOT_ALL if outcome.status == UNPROVED and not unproved else ENDS[outcome.status]
     if outcome.status == PROVED and (unrun := [name for name in outcome.artifacts if about[name]["proved"] is None]):
         end = f"all that can be run here is proved; NOT RUN: {', '.join(unrun)}"
     _say(f"{end} (exit status {outcome.status})")
@@ -146,14 +135,14 @@ def _check(report: Path) -> int:
     try:
         found = check(report)
     except NoReport as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed("fuse_export", str(error), BAD_INPUT)
     for one in found:
         print(f"fuse_export: {one.path}: {one.said}", file=sys.stdout if one.good else sys.stderr, flush=True)
     if not found:
-        return _failed(f"{report} names no file: that run made none. Export again", UNPROVED)
+        return failed("fuse_export", f"{report} names no file: that run made none. Export again", UNPROVED)
     bad = sum(not one.good for one in found)
     if bad:
-        return _failed(f"{bad} of {len(found)} files must not be used (exit status {UNPROVED})", UNPROVED)
+        return failed("fuse_export", f"{bad} of {len(found)} files must not be used (exit status {UNPROVED})", UNPROVED)
     _say(f"all {len(found)} files are those that were reported (exit status {PROVED})")
     return PROVED
 
@@ -177,8 +166,3 @@ def _terminable() -> Iterator[None]:
 
 def _say(line: str) -> None:
     print(f"fuse_export: {line}", flush=True)
-
-
-def _failed(message: str, status: int) -> int:
-    print(f"fuse_export: {message}", file=sys.stderr, flush=True)
-    return status

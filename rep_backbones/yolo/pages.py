@@ -18,10 +18,13 @@ def check(page: Path, tool: str) -> str:
     """The text of a page that `fill` will accept, so that nothing is measured in vain.
 
     Raises:
-        ValueError: the page lacks the marks.
-        OSError, TargetError: it cannot be read or written.
+        ValueError: the page lacks the marks, or cannot be read.
+        TargetError: it cannot be written.
     """
-    text = page.read_text(encoding="utf-8")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{page} cannot be read ({error.strerror}); give a page with the marks of {tool}") from error
     if END not in text.partition(start(tool))[2]:
         raise ValueError(f"{page} lacks the marks {start(tool)} and {END}, between which the measured part goes")
     writable_folder(page.parent)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rep_backbones.export.onnx_model import OnnxModel
-from rep_backbones.yolo import artifacts, int8
+from rep_backbones.yolo import artifacts, backends, devices, int8
 from rep_backbones.yolo.coco_ap import Predict, coco_ap
 from rep_backbones.yolo.dataset import DataSet, open_data
 
@@ -84,41 +82,16 @@ def add_int8(making: Making, job: artifacts.Job, data: DataSet, loaded: Checkpoi
 
 
 def add_ap(making: Making, trained: nn.Module, deployed: nn.Module, data: DataSet, job: artifacts.Job, names: Any) -> None:
-    """AP of the multi-branch form, the fused one, and each artefact that can be run here, on the same pictures."""
+    """AP of the multi-branch form, the fused one, and each proved artefact, on the same pictures."""
     forms: dict[str, tuple[dict[str, Any], Predict]] = {
-        "multi-branch": (making.report.trained, of_model(trained)),
-        "pt": (making.report.artifacts["pt"], of_model(deployed)),
+        "multi-branch": (making.report.trained, backends.model_predictor(trained)),
+        "pt": (making.report.artifacts["pt"], backends.model_predictor(deployed)),
     }
-    for name, path in making.made.items():
-        if name != "pt" and (run := RUNNERS.get(path.suffix)):
-            forms[name] = making.report.artifacts[name], repeated(run(path), job.settings.batch)
+    device = devices.at_hand(job.settings.device)
+    for name, path in making.proved().items():
+        if name != "pt" and backends.can_run(path):
+            forms[name] = making.report.artifacts[name], backends.predictor(path, device=device)
     for name, (about, predict) in forms.items():
         if "ap" not in about:
             about["ap"] = asdict(coco_ap(predict, data, names=names, size=job.size, title=f"evaluating {name}"))
         making.tell(f"AP of {name}: {about['ap']['ap']:.4f}, AP50 {about['ap']['ap50']:.4f}")
-
-
-def of_model(model: nn.Module) -> Predict:
-    """The predictions of a model in eval mode, without fusing it first."""
-
-    def predict(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            output = model(x)
-        return output[0] if isinstance(output, (tuple, list)) else output
-
-    return predict
-
-
-def of_onnx(path: Path) -> Predict:
-    """The predictions of an ONNX file."""
-    graph = OnnxModel(path)
-    return lambda x: graph(x)[0]
-
-
-# the ending of an artefact -> how it is run
-RUNNERS: dict[str, Callable[[Path], Predict]] = {".onnx": of_onnx}
-
-
-def repeated(predict: Predict, batch: int) -> Predict:
-    """A detector that takes exactly `batch` pictures, asked for one."""
-    return predict if batch == 1 else lambda x: predict(x.repeat(batch, 1, 1, 1))[:1]

@@ -323,4 +323,4 @@ def test_channels_that_are_constant_in_the_batches_are_calibrated(name: str) -> 
     model = expand(plain, name, batches=[torch.rand(2, 4, 12, 12)])
     for x in (torch.rand(2, 4, 12, 12), torch.zeros(1, 4, 12, 12)):
         assert verify(plain, model, [x], tolerance=1e-6)
-    assert verify(plain, expand(plain, name, batches=torch.zeros(2, 4, 12, 12)), [torch.rand(2, 4, 12, 12)], tolerance=2e-6)
+    assert verify(plain, expand(plain, name, batches=torch.zeros(2, 4, 12, 12)), [torch.rand(2, 4, 12, 12)], tolerance=1e-6)

@@ -27,7 +27,6 @@ from rep_backbones.rules import MERGED, RULES, FoldError, equivalent, in_float64
 
 SHARE = 0.1  # spread of a calibrated branch, as a fraction of its convolution's: what it adds, the main branch takes off
 QUIET = 0.01  # smallest variance of a calibrated channel, as a fraction of the layer's median
-_CHECKED: set[Any] = set()  # blocks and shapes of convolutions that are known to fit
 
 
 class Expanded(nn.Sequential):
@@ -102,10 +101,11 @@ def expand(
     if not inplace:
         model = copy.deepcopy(model)
     plans: list[_Plan] = []
+    checked: set[Any] = set()
     reasons: dict[str, str] = {}
     for path in chosen:
         try:
-            plans.append(_plan(model, path, norms.get(path, ""), cls, options))
+            plans.append(_plan(model, path, norms.get(path, ""), cls, options, checked))
         except ExpandError as error:
             if path in certain:
                 raise ExpandError(f"{path}: {error}; nothing was changed") from error
@@ -163,12 +163,16 @@ def _block_class(block: str | type[nn.Module]) -> type[nn.Module]:
         raise ExpandError(str(error)) from error
 
 
-def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], options: Any) -> _Plan:
+def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], options: Any, checked: set[Any]) -> _Plan:
+    """`checked` holds the shapes of convolutions that the block is known to fold to."""
     conv: Any = model.get_submodule(path)
     norm: Any = model.get_submodule(norm_path) if norm_path else None
     plain_mode = conv.training
-    _check_fold(conv, cls, options)
     made = _made(conv, cls, options)
+    shape = (conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if shape not in checked:
+        _check_fold(made, conv)
+        checked.add(shape)
     total, outer = _sum_and_norm(made)
     branches = total.branches if isinstance(total, Online) else total
     if not isinstance(branches, Parallel):
@@ -211,33 +215,18 @@ def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], opt
     return _Plan(path, norm_path, conv, expanded, branches, main)
 
 
-def _check_fold(conv: nn.Conv2d, cls: type[nn.Module], options: dict[str, Any]) -> None:
+def _check_fold(made: Block, conv: nn.Conv2d) -> None:
     """Refuse a block that does not fold to the convolution which it is to stand for, before a training is spent on it."""
-    wanted = AffineConv.from_conv(conv) if conv.padding_mode == "zeros" else None
-    if wanted is None:
-        return  # `_made` says why not
-    key = (
-        cls,
-        str(sorted(options.items(), key=str)),
-        conv.weight.shape,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )
-    if key in _CHECKED:
-        return
-    with torch.device("meta"):  # shapes alone, which cost nothing
-        part = _made(copy.deepcopy(conv).to("meta"), cls, options).affine_part
-        try:
-            found = equivalent(part)
-        except FoldError as error:
-            raise ExpandError(f"{cls.__name__} does not fold to one convolution: {error}") from error
+    name, wanted = type(made).__name__, AffineConv.from_conv(conv)
+    try:
+        with torch.no_grad():
+            found = equivalent(made.affine_part)
+    except FoldError as error:
+        raise ExpandError(f"{name} does not fold to one convolution: {error}") from error
     for what in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"):
         a, b = getattr(found, what), getattr(wanted, what)
         if a != b and not (what == "dilation" and wanted.kernel_size == (1, 1)):
-            raise ExpandError(f"{cls.__name__} folds to a convolution of {what} {a}, where this one has {b}")
-    _CHECKED.add(key)
+            raise ExpandError(f"{name} folds to a convolution of {what} {a}, where this one has {b}")
 
 
 def _made(conv: nn.Conv2d, cls: type[nn.Module], options: dict[str, Any]) -> Block:

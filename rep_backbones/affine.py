@@ -32,6 +32,16 @@ def pair(value: int | tuple[int, ...]) -> Pair:
     return value[0], value[1]
 
 
+class _Blank(nn.Conv2d):
+    """A convolution whose numbers are about to be written, so that no random ones are drawn.
+
+    `nn.utils.skip_init` goes by way of the meta device, which takes seconds to load.
+    """
+
+    def reset_parameters(self) -> None:
+        """Leaves them as they are."""
+
+
 @dataclass(frozen=True, eq=False)
 class AffineConv:
     """The affine map `x -> conv2d(x, weight, bias, stride, padding, dilation, groups)` with zero padding.
@@ -115,8 +125,7 @@ class AffineConv:
     def to_conv(self) -> nn.Conv2d:
         """A new `nn.Conv2d` with this kernel, always with a bias, on the kernel's device and in its dtype."""
         c2, dtype, device = self.out_channels, self.weight.dtype, self.weight.device
-        conv = nn.utils.skip_init(
-            nn.Conv2d,
+        conv = _Blank(
             self.in_channels,
             c2,
             self.kernel_size,
@@ -127,6 +136,7 @@ class AffineConv:
             dtype=dtype,
             device=device,
         )
+        conv.__class__ = nn.Conv2d  # type: ignore[assignment]
         with torch.no_grad():
             conv.weight.copy_(self.weight)
             conv.bias.copy_(self.bias) if self.bias is not None else conv.bias.zero_()  # type: ignore[union-attr]

@@ -22,33 +22,39 @@ from rep_backbones.yolo.stock import merge_stock_norms, to_stock
 _KEPT = ("date", "version", "license", "docs", "git", "train_args", "train_metrics", "train_results")
 
 
-def deploy_form(model: nn.Module) -> nn.Module:
+def deploy_form(model: nn.Module, fused: nn.Module | None = None) -> nn.Module:
     """A fused copy of `model` in classes of torch and Ultralytics only, float32, on the CPU and in eval mode.
+
+    Args:
+        fused: what `fuse` made of the model, if that is known.
 
     Raises:
         FoldError: a layer cannot be fused exactly, with its path and the reason.
         ValueError: a module of this package has no stock form.
     """
-    deployed = to_stock(fuse(model.float().eval())).cpu()
+    deployed = to_stock(fuse(model.float().eval()) if fused is None else fused).cpu()
     merge_stock_norms(deployed)
     for name in ("args", "criterion", "pt_path"):  # of the loaded object: Ultralytics sets them anew when it loads
         vars(deployed).pop(name, None)
     return deployed.requires_grad_(False)
 
 
-def save_deploy(model: nn.Module, target: Path, *, checkpoint: Mapping[str, Any] | None = None) -> nn.Module:
+def save_deploy(
+    model: nn.Module, target: Path, *, checkpoint: Mapping[str, Any] | None = None, fused: nn.Module | None = None
+) -> nn.Module:
     """Fuse `model` and write it to `target` as an Ultralytics checkpoint in float32; returns what was written.
 
     Args:
         model: an Ultralytics model with multi-branch layers; not changed but for its dtype (float32) and mode (eval).
         target: the file, replaced only once the new one is complete.
         checkpoint: the training's checkpoint, whose date, arguments and metrics are kept.
+        fused: as `deploy_form`.
 
     Raises:
         FoldError, ValueError: as `deploy_form`.
         TargetError: `target` cannot be written.
     """
-    deployed = deploy_form(model)
+    deployed = deploy_form(model, fused)
     about = {key: checkpoint[key] for key in _KEPT if checkpoint and key in checkpoint}
     content = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),

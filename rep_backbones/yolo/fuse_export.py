@@ -21,6 +21,7 @@ from ultralytics.utils.torch_utils import get_flops
 
 from rep_backbones.export.files import TargetError, disk_is_full, place, replacing, workplace, writable_folder
 from rep_backbones.export.report import Counts, Report, bytes_of, proof, sha256
+from rep_backbones.fuse import fuse_and_map
 from rep_backbones.rules import FoldError, check_numbers, multi_branch
 from rep_backbones.verify import Mismatch, verify
 from rep_backbones.yolo import artifacts, checkpoint, devices, timing, with_data
@@ -119,6 +120,7 @@ def run(
         stack.enter_context(no_downloads())
         stack.enter_context(quiet(not verbose))
         making = Making(report, target, work / stem, tell, status=MISSING if lacking else PROVED)
+        deployed = None
         try:
             deployed = _fused(loaded, making, batch, settings.pictures)
             making.keep("pt", making.path(".pt"))
@@ -135,8 +137,9 @@ def run(
             making.fail(str(error))
             if making.path(".pt").exists():
                 making.keep("pt", making.path(".pt"), proved=False)
+                deployed = checkpoint.load(making.path(".pt"), trust=True).model  # for the pictures of what is wrong
         report.status = making.status
-        making.write_page(report_page(report, loaded, making.made, size, settings.pictures))
+        making.write_page(report_page(report, loaded, deployed, making.made, size, settings.pictures))
         report.write(making.path("_report.json"))
         making.place()
     return Outcome(making.status, report, making.places)
@@ -251,9 +254,11 @@ def _fused(loaded: checkpoint.Checkpoint, making: Making, batch: Tensor, paths: 
     side = (min(batch.shape[2], small), min(batch.shape[3], small))
     shown = pictures(side, batch.shape[1], paths)
     try:
-        report.layers = layer_proofs(model, shown[:1])
+        fused, places = fuse_and_map(model)
+        report.layers = layer_proofs(model, fused, places, shown[:1])
         about = {"date": loaded.date, "version": loaded.version, "train_args": loaded.args}
-        save_deploy(model, target, checkpoint={key: value for key, value in about.items() if value is not None})
+        known_about = {key: value for key, value in about.items() if value is not None}
+        save_deploy(model, target, checkpoint=known_about, fused=fused)
     except FoldError as error:
         raise Refused(f"{loaded.path} cannot be fused: {error}", "nothing was written") from error
     deployed = checkpoint.load(target, trust=True).model  # this very run wrote it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from rep_backbones.export.report import LayerProof
-from rep_backbones.fuse import fuse_and_map
 from rep_backbones.rules import branch_names, multi_branch
 from rep_backbones.verify import Difference, Mismatch, Report, tensors, verify
 from rep_backbones.yolo.branch_log import shares
@@ -66,15 +65,14 @@ def exported_form(model: nn.Module, end2end: bool | None = None, corners: bool =
     return made
 
 
-def layer_proofs(model: nn.Module, batch: Tensor) -> list[LayerProof]:
+def layer_proofs(model: nn.Module, fused: nn.Module, places: Mapping[str, str], batch: Tensor) -> list[LayerProof]:
     """Each multi-branch layer of `model` against its convolution, on the inputs that the layer meets for `batch`.
 
     Compared is what stands in front of the activation, behind which a wrong channel may be zero by chance.
 
-    Raises:
-        FoldError: a layer cannot be fused exactly, with its path and the reason.
+    Args:
+        fused, places: of `fuse_and_map`.
     """
-    fused, places = fuse_and_map(model)
     convs = dict(fused.named_modules())
     layers = {path: (layer, part) for path, layer, part in multi_branch(model)}
     inside = set(model.modules())

@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from ultralytics.nn.autobackend import AutoBackend
 
 from rep_backbones.export import svg
 from rep_backbones.export.html import Row, Sketches, page
 from rep_backbones.export.report import Report
 from rep_backbones.fuse import fuse
 from rep_backbones.rules import branch_names, multi_branch
-from rep_backbones.yolo import checkpoint
+from rep_backbones.yolo import backends, checkpoint
 from rep_backbones.yolo.samples import CONFIDENCE, samples
 
 TYPES = 8  # of layers that are drawn
 
 
 def report_page(
-    report: Report, loaded: checkpoint.Checkpoint, made: dict[str, Path], size: tuple[int, int], pictures: tuple[Path, ...]
+    report: Report,
+    loaded: checkpoint.Checkpoint,
+    deployed: nn.Module | None,
+    made: dict[str, Path],
+    size: tuple[int, int],
+    pictures: tuple[Path, ...],
 ) -> str:
     """The HTML of a report.
 
@@ -30,21 +34,22 @@ def report_page(
 
     Args:
         loaded: the trained model, multi-branch.
+        deployed: the fused one, if it came out.
         made: the files of the run where they are now, by format, in the order in which they were made.
         size: (height, width) of the model's input in pixels.
         pictures: in which both forms look for objects.
     """
     sketches = Sketches(confidence=CONFIDENCE)
-    deployed = checkpoint.load(made["pt"], trust=True) if "pt" in made else None  # this very run wrote it
     with _left_out(report, "the layers"):
         sketches.layers = layers(loaded.model)
     with _left_out(report, "the network's rows"):
-        sketches.rows = rows(loaded.model, deployed.model if deployed else None)
+        sketches.rows = rows(loaded.model, deployed)
     with _left_out(report, "the detections"):
         runs: dict[str, Callable[..., Any]] = {"trained": loaded.model}
-        if deployed:
-            last = list(made)[-1]
-            runs[last] = deployed.model if last == "pt" else AutoBackend(str(made[last]), verbose=False)
+        if deployed is not None:
+            runnable = [name for name, file in made.items() if name != "pt" and backends.can_run(file)]
+            for name in runnable[-1:] or ["pt"]:
+                runs[name] = deployed if name == "pt" else backends.runner(made[name])
         sketches.samples = samples(
             runs,
             pictures,

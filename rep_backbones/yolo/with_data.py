@@ -10,7 +10,7 @@ import onnx
 from torch import nn
 
 from rep_backbones.export.onnx_model import OnnxModel
-from rep_backbones.yolo import artifacts, backends, devices, int8
+from rep_backbones.yolo import artifacts, backends, devices
 from rep_backbones.yolo.coco_ap import Predict, coco_ap
 from rep_backbones.yolo.dataset import DataSet, open_data
 
@@ -47,6 +47,8 @@ def opened(settings: Settings, loaded: Checkpoint) -> DataSet | None:
 
 def add_int8(making: Making, job: artifacts.Job, data: DataSet, loaded: Checkpoint) -> None:
     """Quantize the ONNX file of this run, and keep it under a name that says whether its loss is within what is allowed."""
+    from rep_backbones.yolo import int8  # its quantizer takes a while to load
+
     source = making.made.get("onnx")
     if source is None or not making.report.artifacts["onnx"].get("proved"):
         making.fail("--int8: there is no proved ONNX file to make it from")

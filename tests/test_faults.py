@@ -20,7 +20,7 @@ import pytest
 import torch
 from test_fuse_export import files, report, saved
 from torch import nn
-from ultralytics.engine.exporter import Exporter
+from yolo_helpers import spoiling
 
 from rep_backbones import blocks, fuse, verify
 from rep_backbones.containers import Parallel
@@ -276,17 +276,13 @@ ONNX_FAULTS: dict[str, Callable[[Any], None]] = {
 def test_the_onnx_proof_finds_it(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = saved(tmp_path, loud=True)
     (tmp_path / "best_deploy.onnx").write_bytes(b"the one before")
-    stock = Exporter.export_onnx
 
-    def spoilt(self: Exporter, *args: Any, **kwargs: Any) -> Any:
-        made = stock(self, *args, **kwargs)
-        path = made[0] if isinstance(made, tuple) else made
+    def spoil(path: Path) -> None:
         model = onnx.load(path)
         ONNX_FAULTS[fault](model)
         onnx.save(model, path)
-        return made
 
-    monkeypatch.setattr(Exporter, "export_onnx", spoilt)
+    spoiling(monkeypatch, "onnx", spoil)
     assert main([str(weights), "--format", "onnx"]) == 3
     assert files(tmp_path) == {
         *("best.pt", "best_deploy.pt", "best_deploy.onnx", "best_deploy.unproved.onnx"),

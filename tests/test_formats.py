@@ -16,6 +16,7 @@ from test_fuse_export import ROOT, files, report, saved
 from ultralytics import YOLO
 from ultralytics.engine.exporter import Exporter
 from ultralytics.utils import ASSETS
+from yolo_helpers import spoiling
 
 from rep_backbones.export.report import sha256
 from rep_backbones.yolo import artifacts, formats, timing
@@ -104,17 +105,6 @@ def spoil_weights(path: Path) -> None:
     values = np.fromfile(file, np.float32)
     values[100:2000:100] += 0.5
     values.tofile(file)
-
-
-def spoiling(monkeypatch: pytest.MonkeyPatch, name: str, spoil: Any) -> None:
-    stock = getattr(Exporter, f"export_{name}")
-
-    def spoilt(self: Exporter, *args: Any, **kwargs: Any) -> Any:
-        made = stock(self, *args, **kwargs)
-        spoil(Path(made[0] if isinstance(made, tuple) else made))
-        return made
-
-    monkeypatch.setattr(Exporter, f"export_{name}", spoilt)
 
 
 @each

@@ -18,7 +18,7 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.engine.exporter import Exporter
 from ultralytics.utils import ASSETS
-from yolo_helpers import built, model_yaml, randomize_norms
+from yolo_helpers import built, model_yaml, randomize_norms, spoiling
 
 import rep_backbones.yolo.fuse_export as fuse_export
 from rep_backbones.affine import AffineConv
@@ -183,18 +183,14 @@ def test_wrong_kernel_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_wrong_graph_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = saved(tmp_path, loud=True)
     (tmp_path / "best_deploy.onnx").write_bytes(b"the one before")
-    stock = Exporter.export_onnx
 
-    def spoilt(self: Exporter, *args: Any, **kwargs: Any) -> str:
-        path = stock(self, *args, **kwargs)
-        path = path[0] if isinstance(path, tuple) else path
+    def spoil(path: Path) -> None:
         model = onnx.load(path)
         kernel = next(value for value in model.graph.initializer if len(value.dims) == 4)
         kernel.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(kernel) * 1.05, kernel.name))
         onnx.save(model, path)
-        return path
 
-    monkeypatch.setattr(Exporter, "export_onnx", spoilt)
+    spoiling(monkeypatch, "onnx", spoil)
     assert main([str(weights)]) == 3
     assert (tmp_path / "best_deploy.onnx").read_bytes() == b"the one before"
     assert (tmp_path / "best_deploy.unproved.onnx").exists() and (tmp_path / "best_deploy.pt").exists()

@@ -72,6 +72,16 @@ def refused(run: Any, argv: list[str], folder: Path, capsys: pytest.CaptureFixtu
     return line
 
 
+def refused_by_all(path: Path, said: str, of_model: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model file, by each tool; rep-yolo names what it refuses as `of_model`."""
+    assert said in refused(fuse_export.main, [str(path)], room, capsys)
+    pictures = room / "pictures"
+    pictures.mkdir()
+    assert path.name in refused(eval_coco.main, [str(path), f"--data={cached(pictures, room / 'x')}"], room, capsys)
+    for mode, words in MODES.items():
+        assert of_model in refused(rep_yolo.main, [mode, f"model={path}", *words], room, capsys)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_hostile_checkpoint(name: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = CHECKPOINTS[name](room, room.parent / "canary")
@@ -79,23 +89,13 @@ def test_a_hostile_checkpoint(name: str, room: Path, capsys: pytest.CaptureFixtu
         checkpoint.load(path)
     with pytest.raises(checkpoint.Refused, match="evil.pt"):
         checkpoint.as_ultralytics(path)
-    assert "evil.pt" in refused(fuse_export.main, [str(path)], room, capsys)
-    pictures = room / "pictures"
-    pictures.mkdir()
-    assert "evil.pt" in refused(eval_coco.main, [str(path), f"--data={cached(pictures, room / 'x')}"], room, capsys)
-    for mode, words in MODES.items():
-        assert "evil.pt" in refused(rep_yolo.main, [mode, f"model={path}", *words], room, capsys)
+    refused_by_all(path, "evil.pt", "evil.pt", room, capsys)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hostile_model_yaml(name: str, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = MODELS[name](room, room.parent / "canary")
-    assert "is accepted" in refused(fuse_export.main, [str(path)], room, capsys)
-    pictures = room / "pictures"
-    pictures.mkdir()
-    assert "evil.yaml" in refused(eval_coco.main, [str(path), f"--data={cached(pictures, room / 'x')}"], room, capsys)
-    for mode, words in MODES.items():
-        assert "the model's YAML" in refused(rep_yolo.main, [mode, f"model={path}", *words], room, capsys)
+    refused_by_all(path, "is accepted", "the model's YAML", room, capsys)
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from ultralytics.engine.exporter import Exporter
 
 NAMES = ("disc", "box", "cross")
 
@@ -172,3 +173,15 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         return folder / "run"
 
     return _once(tmp_path_factory.getbasetemp() / "tiny_run", build)
+
+
+def spoiling(monkeypatch: pytest.MonkeyPatch, name: str, spoil: Callable[[Path], object]) -> None:
+    """What the exporter of a format makes is changed by `spoil` before anyone looks at it."""
+    stock = getattr(Exporter, f"export_{name}")
+
+    def spoilt(self: Exporter, *args: Any, **kwargs: Any) -> Any:
+        made = stock(self, *args, **kwargs)
+        spoil(Path(made[0] if isinstance(made, tuple) else made))
+        return made
+
+    monkeypatch.setattr(Exporter, f"export_{name}", spoilt)

@@ -25,7 +25,7 @@ WEIGHTS = ["best.pt", "best_deploy.pt", "best_fp32.pt", "last.pt"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def check_run(run: Path, epochs: int) -> None:
+def check_run(run: Path, epochs: int, layers: int = 4) -> None:
     """The files of the hook are there, and are of the weights in best.pt."""
     with (run / "branches.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -33,12 +33,19 @@ def check_run(run: Path, epochs: int) -> None:
     assert all(0 <= float(row["fuse_error"]) < 1e-5 for row in rows)
     assert sorted(path.name for path in (run / "weights").iterdir()) == WEIGHTS
     best = load_precise(run / "weights" / "best.pt")
-    assert best.precise and len(multi_branch(best.model)) == 4
+    assert best.precise and len(multi_branch(best.model)) == layers
     assert multi_branch(YOLO(str(run / "weights" / "best_deploy.pt")).model) == []
 
 
-def test_two_processes_learn_the_same_and_one_writes(tmp_path: Path, tiny_data: Path) -> None:  # noqa: F811
-    overrides = {"model": str(model_yaml(tmp_path)), **train_args(tiny_data, tmp_path)}
+@pytest.mark.parametrize("expanded", [False, True], ids=["rows", "expand"])
+def test_two_processes_learn_the_same_and_one_writes(tmp_path: Path, tiny_data: Path, expanded: bool) -> None:  # noqa: F811
+    file = model_yaml(tmp_path, "Conv" if expanded else "mixed")
+    layers = 4
+    if expanded:
+        file.write_text(f"expand: ACBlock\n{file.read_text()}")
+        layers = len(multi_branch(YOLO(str(file)).model))
+        assert layers > 4, "the head's convolutions too"
+    overrides = {"model": str(file), **train_args(tiny_data, tmp_path)}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     processes = []
     for rank in range(2):
@@ -61,7 +68,7 @@ def test_two_processes_learn_the_same_and_one_writes(tmp_path: Path, tiny_data: 
     assert first["wrapped"] == second["wrapped"] == "DistributedDataParallel"
     assert first["steps"] == second["steps"] and len(set(first["steps"])) == len(first["steps"]) == 4
     assert first["parameters"] == second["parameters"] != first["steps"][-1]
-    check_run(tmp_path / "run", epochs=2)
+    check_run(tmp_path / "run", epochs=2, layers=layers)
     text = (tmp_path / "log1.txt").read_text()
     assert "best_deploy.pt" not in text, "only one process writes"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -22,9 +23,9 @@ from yolo_helpers import NAMES, noise, randomize_norms, tiny_data, train_args  #
 from rep_backbones import expand, verify
 from rep_backbones.candidates import ExpandError
 from rep_backbones.rules import multi_branch
-from rep_backbones.yolo import checkpoint, cli, fuse_export_cli
+from rep_backbones.yolo import checkpoint, cli, expand_key, fuse_export_cli
 from rep_backbones.yolo.deploy import deploy_form, save_deploy
-from rep_backbones.yolo.expand_key import with_yaml
+from rep_backbones.yolo.expand_key import named_in_args, with_yaml
 from rep_backbones.yolo.safe_yaml import validated
 from rep_backbones.yolo.trainer import RepTrainer
 
@@ -245,6 +246,24 @@ def test_the_family_of_a_model_is_kept(name: str, family: str) -> None:
 def test_a_key_without_a_block_is_refused(value: str) -> None:
     with pytest.raises(ValueError, match=f"expand={value} names no block"):
         with_yaml(["train", "model=yolo11n.yaml", f"expand={value}"], trust=False)
+
+
+@pytest.mark.parametrize("model", ["yolo11n.pt", "yolo11n.yaml"])
+def test_workers_are_told_of_an_expansion_made_in_python(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 8.4.100 they build their model from the arguments alone; the caller's are as before afterwards."""
+    expanded = expand(DetectionModel("yolo11n.yaml", verbose=False), "RepVGGBlock", kernels=3)
+    args = SimpleNamespace(model=model, pretrained=True)
+    with named_in_args(SimpleNamespace(args=args, model=expanded)):
+        again = DetectionModel(args.model, verbose=False)
+        assert [path for path, _, _ in multi_branch(again)] == [path for path, _, _ in multi_branch(expanded)]
+        assert args.pretrained == (model if model.endswith(".pt") else True)
+        named = args.model
+    assert vars(args) == {"model": model, "pretrained": True}
+    with named_in_args(SimpleNamespace(args=SimpleNamespace(model=named), model=expanded)) as _:
+        assert expand_key._named_yaml(named)["expand"], "named already: left as it is"
+    plain = SimpleNamespace(args=SimpleNamespace(model=model), model=DetectionModel("yolo11n.yaml", verbose=False))
+    with named_in_args(plain):
+        assert plain.args.model == model
 
 
 def test_what_was_calibrated_is_not_lost_silently() -> None:

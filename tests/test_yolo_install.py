@@ -166,7 +166,7 @@ def test_a_layer_that_workers_cannot_import_is_named(monkeypatch):
     mine = type("Mine", (nn.Conv2d,), {"__module__": "__main__"})
     monkeypatch.setitem(LAYERS, "Mine", Layer(mine, "Mine", "stage"))
     with pytest.raises(ValueError, match=r"cannot import Mine.*module of its own"):
-        dist.generate_ddp_file(SimpleNamespace(args=SimpleNamespace()))
+        dist.generate_ddp_file(SimpleNamespace(args=SimpleNamespace(), model=""))
 
 
 def test_importing_registers():

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,31 @@ def with_yaml(args: Sequence[str], trust: bool) -> list[str]:
         layer_named(request["block"])
     config[expanding.KEY] = requests
     return [*rest, f"model={_written(config, Path(model).stem.lower())}"]
+
+
+@contextmanager
+def named_in_args(trainer: Any) -> Iterator[None]:
+    """Within the block, the model that a trainer's arguments name is expanded as the one that it holds.
+
+    Up to 8.4.100, the workers of a training on several GPUs build theirs from the arguments alone.
+    """
+    args, config = trainer.args, getattr(trainer.model, "yaml", None)
+    named = str(getattr(args, "model", ""))
+    if not isinstance(config, dict) or not expanding.requests(config) or expanding.KEY in _named_yaml(named):
+        yield
+        return
+    kept = dict(vars(args))
+    if Path(named).suffix.lower() == ".pt" and kept.get("pretrained", True) is True:
+        args.pretrained = named  # the weights, all of which fit the expanded model
+    args.model = str(_written(config, Path(named).stem.lower()))
+    try:
+        yield
+    finally:
+        vars(args).update(kept)
+
+
+def _named_yaml(model: str) -> dict[str, Any]:
+    return yaml_model_load(model) if Path(model).suffix.lower() in (".yaml", ".yml") else {}
 
 
 def _read(text: str) -> Any:

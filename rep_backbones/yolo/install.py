@@ -136,8 +136,11 @@ def _yaml_by_name(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _importing_ddp_file(stock: Callable[..., str]) -> Callable[..., str]:
     @functools.wraps(stock)
     def generate_ddp_file(trainer: Any) -> str:
+        from rep_backbones.yolo.expand_key import named_in_args  # which needs what is being installed here
+
         imports = _worker_imports()
-        file = stock(trainer)
+        with named_in_args(trainer):
+            file = stock(trainer)
         text = Path(file).read_text(encoding="utf-8")
         start = re.search(r'^if __name__ == "__main__":\n', text, re.MULTILINE)
         if start is None:

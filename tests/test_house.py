@@ -73,7 +73,7 @@ def test_blocks_are_declarations(path: Path) -> None:
 
 def test_tools_are_thin() -> None:
     for path in (ROOT / "tools").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 20
+        assert len(path.read_text().splitlines()) <= 25
 
 
 def examples() -> list[tuple[str, str]]:

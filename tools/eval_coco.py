@@ -4,12 +4,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, whatever else is installed
-
 if __name__ == "__main__":
-    try:
-        from rep_backbones.yolo.eval_coco import main
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from start import run
 
-        sys.exit(main())
-    except KeyboardInterrupt:  # while the libraries are loaded
-        sys.exit(130)
+    run("rep_backbones.yolo.eval_coco")

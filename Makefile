@@ -6,7 +6,7 @@ BIN := .venv/bin
 .venv/done: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	command -v uv >/dev/null || $(BIN)/pip install -q uv
-	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" uv pip install -q -e ".[dev]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" uv pip install -q --compile-bytecode -e ".[dev]"
 	touch $@
 
 demo: .venv/done

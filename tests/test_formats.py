@@ -20,6 +20,7 @@ from yolo_helpers import spoiling
 
 from rep_backbones.export.report import sha256
 from rep_backbones.yolo import artifacts, formats, timing
+from rep_backbones.yolo.fuse_export import Settings
 from rep_backbones.yolo.fuse_export_cli import main
 from rep_backbones.yolo.switches import jit_unwarned
 
@@ -209,6 +210,7 @@ def test_a_package_that_is_missing(
 
 REPORTS_NOTHING = """
 import sys
+from rep_backbones.yolo.fuse_export import Settings
 from rep_backbones.yolo.fuse_export_cli import main
 status = main([sys.argv[1], "--format", "openvino", "--no-latency"])
 sys.exit(status or ("openvino_telemetry" in sys.modules))
@@ -325,3 +327,24 @@ def test_what_is_proved_is_not_lost_with_the_latency(tmp_path: Path, monkeypatch
     assert main([str(weights)]) == 0
     assert "the latency is not measured to its end (MemoryError: too many pictures)" in report(weights)["notes"]
     assert report(weights)["artifacts"]["onnx"]["proved"]
+
+
+def test_pytorch_keeps_its_threads(tmp_path: Path) -> None:
+    """Choosing a device, Ultralytics sets their number; what is timed and compared after an export was slow for it."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert main([str(saved(tmp_path)), "--no-latency"]) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7])
+def test_every_picture_is_compared(tmp_path: Path, batch: int) -> None:
+    """In batches of the size that the artefact is made for."""
+    pictures = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 64, 64)
+    job = artifacts.Job(tmp_path, tmp_path, None, pictures, Settings(batch=batch), (64, 64))
+    given = list(artifacts._batches(job))
+    assert {len(x) for x in given} == {batch} and torch.cat(given)[:, 0, 0, 0].tolist()[:3] == [0, 1, 2]
+    assert len(given) == -(-3 // batch)

@@ -16,6 +16,7 @@ from ultralytics.engine.exporter import Exporter
 from rep_backbones.affine import AffineConv
 from rep_backbones.yolo import report_page
 from rep_backbones.yolo.fuse_export_cli import main
+from rep_backbones.yolo.pictures import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,6 +127,15 @@ def test_a_picture_that_cannot_be_drawn_costs_no_artefact(tmp_path: Path, monkey
     report, text = made(tmp_path)
     assert report["notes"] == ["the HTML report lacks the layers (RuntimeError: no ink)"] and "no ink" in text
     assert report["artifacts"]["onnx"]["proved"]
+
+
+@pytest.mark.parametrize("batch", ["1", "3"])
+def test_the_pictures_show_what_the_proof_saw(batch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The artefact is not run a second time for them."""
+    monkeypatch.setattr(report_page.backends, "runner", None)
+    assert main([str(saved(tmp_path)), "--format", "onnx", "--batch", batch, "--no-latency"]) == 0
+    found, text = made(tmp_path)
+    assert found["notes"] == [] and all(path.name in text for path in SHIPPED)
 
 
 def test_check_of_a_real_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rep_backbones.yolo.samples import samples
+from rep_backbones.yolo.samples import first, samples
 
 ANCHORS = 80  # of 64 x 64 pixels at strides 8 and 16
 NAMES = {0: "disc", 1: "box"}
@@ -34,7 +34,7 @@ def predictions(*rows: list[float]) -> Tensor:
 
 def boxes(picture: Path, output: Any, task: str = "detect", **changes: Any) -> list[Any]:
     settings: dict[str, Any] = {"task": task, "names": NAMES, "size": (64, 64), "strides": [8, 16], **changes}
-    return list(samples({"onnx": lambda x: output}, [picture], **settings)[0].found[0].boxes)
+    return list(samples({"onnx": first(output)}, [picture], **settings)[0].found[0].boxes)
 
 
 def test_a_box_in_the_picture_s_pixels(picture: Path) -> None:
@@ -72,26 +72,29 @@ def test_the_best_boxes_are_shown_and_the_rest_counted(picture: Path) -> None:
     rows = torch.zeros(1, 300, 6)
     for index in range(50):
         rows[0, index] = torch.tensor([index, 0, index + 1, 64, 0.3 + index / 100, 0])
-    found = samples({"onnx": lambda x: rows}, [picture], task="detect", names=NAMES, size=(64, 64))[0].found[0]
+    found = samples({"onnx": rows}, [picture], task="detect", names=NAMES, size=(64, 64))[0].found[0]
     assert len(found.boxes) == 40 and found.more == 10
     assert found.boxes[0].score == pytest.approx(0.79), "best first"
 
 
 def test_the_likeliest_classes(picture: Path) -> None:
     scores = torch.tensor([[0.2, 0.1, 0.7]])
-    found = samples({"pt": lambda x: scores}, [picture], task="classify", names=NAMES, size=(64, 64))[0].found[0]
+    found = samples({"pt": scores}, [picture], task="classify", names=NAMES, size=(64, 64))[0].found[0]
     assert [(name, round(score, 3)) for name, score in found.classes] == [("2", 0.7), ("disc", 0.2), ("box", 0.1)]
 
 
-def test_an_artefact_gets_its_batch_and_its_channels(picture: Path) -> None:
-    shapes = []
-
-    def run(x: Tensor) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return torch.zeros(2, 6, ANCHORS)
-
-    (sample,) = samples(
-        {"onnx": run}, [picture], task="detect", names=NAMES, size=(64, 64), strides=[8, 16], channels=1, batch=2
+def test_each_picture_has_its_own(picture: Path) -> None:
+    other = picture.with_name("b.png")
+    cv2.imwrite(str(other), np.full((64, 64, 3), 255, np.uint8))
+    one, two = predictions([32, 32, 16, 8, 0.1, 0.9]), predictions([32, 32, 16, 8, 0.9, 0.1])
+    made = samples(
+        {"trained": torch.cat([one, two]), "onnx": torch.cat([two, one])},
+        [picture, other],
+        task="detect",
+        names=NAMES,
+        size=(64, 64),
+        strides=[8, 16],
     )
-    assert shapes == [(2, 1, 64, 64)] and sample.found[0].boxes == []
-    assert cv2.imdecode(np.frombuffer(sample.jpeg, np.uint8), 1).shape == (16, 32, 3) and sample.size == (32, 16)
+    assert [[found.boxes[0].name for found in sample.found] for sample in made] == [["box", "disc"], ["disc", "box"]]
+    assert [sample.name for sample in made] == ["a.png", "b.png"] and made[0].size == (32, 16)
+    assert cv2.imdecode(np.frombuffer(made[0].jpeg, np.uint8), 1).shape == (16, 32, 3)

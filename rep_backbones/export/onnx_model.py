@@ -21,6 +21,18 @@ RESOLUTION = 5e-7
 _LINEAR = {"Conv", "BatchNormalization", "Identity", "AveragePool", "Add", "Sum", "Pad", "Dropout"}
 
 
+def session(model: str | bytes) -> onnxruntime.InferenceSession:
+    """A model on the CPU, by path or as its bytes, with as many threads as PyTorch.
+
+    They sleep between two calls: by default they wait awake for the next one, which slows down whatever runs beside them.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxModel:
     """A graph and its session on the CPU.
 
@@ -34,9 +46,7 @@ class OnnxModel:
         self.path = path
         try:
             self.proto = onnx.load(str(path))
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = session(str(path))
         except Exception as error:  # protobuf, onnx and the runtime have an exception type each
             raise ValueError(f"{path} is not a model that ONNX Runtime accepts: {error}") from error
         self._input = self.session.get_inputs()[0]

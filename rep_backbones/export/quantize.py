@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod, TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+from rep_backbones.export.onnx_model import session
 
 Array = np.ndarray[Any, Any]
 Parts = Callable[[list[Array]], Mapping[str, Array]]  # outputs by name, each with a range of its own
@@ -162,9 +163,7 @@ class Runner:
     """A model in memory on the CPU, `(n, c, h, w)` -> its outputs."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._session = session(model.SerializeToString())
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, x: Array) -> list[Array]:

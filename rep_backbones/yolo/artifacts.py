@@ -28,7 +28,7 @@ from rep_backbones.verify import Report, verify
 from rep_backbones.yolo import formats as known
 from rep_backbones.yolo.backends import runner
 from rep_backbones.yolo.proof import conv_calls, exported_form, split
-from rep_backbones.yolo.switches import jit_unwarned, muted, untold
+from rep_backbones.yolo.switches import jit_unwarned, muted, threads_kept, untold
 
 if TYPE_CHECKING:
     from rep_backbones.yolo.fuse_export import Settings
@@ -71,6 +71,7 @@ class Made:
     missing: str = ""  # why there is no file, and what to do
     notes: list[str] = field(default_factory=list)
     run: bool = True  # whether the file was run and compared
+    predictions: Tensor | None = None  # (n, ...), its first output for the pictures of the job
 
 
 def chosen(formats: Sequence[str]) -> list[str]:
@@ -234,7 +235,13 @@ def _exported(job: Job, name: str) -> Path:
         options |= {"nms": True, **NMS}
     options["device"] = wanted.device if wanted.device is not None else ("0" if name == "engine" else "cpu")
     try:
-        with untold(), jit_unwarned(), muted(name in LOUD and not job.verbose), tempfile.TemporaryDirectory() as folder:
+        with (
+            untold(),
+            threads_kept(),
+            jit_unwarned(),
+            muted(name in LOUD and not job.verbose),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             return _at_home(job, Path(folder), options)
     except Exception as error:  # of whatever library stands behind the format
         raise ExportFailed(
@@ -262,6 +269,28 @@ def _compare(
 ) -> Report:
     """The artefact against the deploy model in FP32, on pictures in each shape that it was made for."""
     batches = list(_batches(job))
+    first: list[Tensor] = []
+
+    def run(x: Tensor) -> list[Tensor]:
+        outputs = artifact(x)
+        first.append(outputs[0])
+        return outputs
+
+    compared = _compared(job, run, batches, end2end=end2end, tolerance=tolerance, made=made)
+    own = [found for x, found in zip(batches, first, strict=True) if x.shape[2:] == job.batch.shape[2:]]
+    made.predictions = torch.cat(own)[: len(job.batch)]
+    return compared
+
+
+def _compared(
+    job: Job,
+    artifact: Callable[[Tensor], list[Tensor]],
+    batches: list[Tensor],
+    *,
+    end2end: bool | None,
+    tolerance: float,
+    made: Made,
+) -> Report:
     with torch.no_grad():
         reference = exported_form(job.model, end2end, corners=job.settings.nms)
         if job.settings.nms:
@@ -294,12 +323,10 @@ def _rows(job: Job, end2end: bool | None) -> bool:
 
 
 def _batches(job: Job) -> Iterator[Tensor]:
-    n = job.settings.batch
-    repeated = job.batch.repeat(-(-n // len(job.batch)), 1, 1, 1)
-    if n == 1:
-        yield from job.batch.split(1)
-    else:
-        yield repeated[:n]
+    n, pictures = job.settings.batch, len(job.batch)
+    filled = -(-pictures // n) * n  # the last batch is filled up with pictures that were there before
+    repeated = job.batch.repeat(-(-filled // pictures), 1, 1, 1)[:filled]
+    yield from repeated.split(n)
     if job.settings.dynamic:  # other sizes too: a batch of two lower pictures
         stride = int(torch.as_tensor(job.model.stride).max())
         height = max(job.size[0] - stride, stride)

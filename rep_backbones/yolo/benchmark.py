@@ -191,6 +191,7 @@ def _exports(folder: Path) -> list[tuple[str, list[str]]]:
 
 def _python(*arguments: str) -> str:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as for whoever uses them
     done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"python {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")

@@ -30,7 +30,7 @@ from rep_backbones.yolo.deploy import save_deploy
 from rep_backbones.yolo.pictures import SHIPPED, pictures
 from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.proof import Outputs, layer_proofs
-from rep_backbones.yolo.report_page import report_page
+from rep_backbones.yolo.report_page import Shown, report_page
 from rep_backbones.yolo.switches import no_downloads, no_installs, quiet
 
 PROVED, BAD_INPUT, UNPROVED, MISSING = 0, 2, 3, 4
@@ -139,7 +139,8 @@ def run(
                 making.keep("pt", making.path(".pt"), proved=False)
                 deployed = checkpoint.load(making.path(".pt"), trust=True).model  # for the pictures of what is wrong
         report.status = making.status
-        making.write_page(report_page(report, loaded, deployed, making.made, size, settings.pictures))
+        shown = Shown(batch, settings.pictures, making.predictions)
+        making.write_page(report_page(report, loaded, deployed, making.made, shown))
         report.write(making.path("_report.json"))
         making.place()
     return Outcome(making.status, report, making.places)
@@ -156,6 +157,7 @@ class Making:
     status: int = PROVED
     places: dict[str, Path] = field(default_factory=dict)  # where each will be
     moves: list[tuple[Path, Path]] = field(default_factory=list)
+    predictions: dict[str, Tensor] = field(default_factory=dict)  # what the artefacts gave for the pictures
 
     def path(self, ending: str) -> Path:
         return self.stem.with_name(self.stem.name + ending)
@@ -183,6 +185,8 @@ class Making:
             return
         self.report.notes += made.notes
         self.report.artifacts[name] = made.about
+        if made.predictions is not None:
+            self.predictions[name] = made.predictions
         if made.missing:
             self.fail(made.missing, MISSING)
             self.tell(made.missing)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rep_backbones.export import svg
 from rep_backbones.export.html import Row, Sketches, page
@@ -15,9 +17,18 @@ from rep_backbones.export.report import Report
 from rep_backbones.fuse import fuse
 from rep_backbones.rules import branch_names, multi_branch
 from rep_backbones.yolo import backends, checkpoint
-from rep_backbones.yolo.samples import CONFIDENCE, samples
+from rep_backbones.yolo.samples import CONFIDENCE, first, samples
 
 TYPES = 8  # of layers that are drawn
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures of a run, as `batch`, `(n, c, h, w)`, and what is known already of the artefacts by format."""
+
+    batch: Tensor
+    paths: Sequence[Path]
+    predictions: Mapping[str, Tensor]
 
 
 def report_page(
@@ -25,8 +36,7 @@ def report_page(
     loaded: checkpoint.Checkpoint,
     deployed: nn.Module | None,
     made: dict[str, Path],
-    size: tuple[int, int],
-    pictures: tuple[Path, ...],
+    shown: Shown,
 ) -> str:
     """The HTML of a report.
 
@@ -36,8 +46,7 @@ def report_page(
         loaded: the trained model, multi-branch.
         deployed: the fused one, if it came out.
         made: the files of the run where they are now, by format, in the order in which they were made.
-        size: (height, width) of the model's input in pixels.
-        pictures: in which both forms look for objects.
+        shown: the pictures in which two forms look for objects: the trained one, and the artefact that was made last.
     """
     sketches = Sketches(confidence=CONFIDENCE)
     with _left_out(report, "the layers"):
@@ -45,22 +54,27 @@ def report_page(
     with _left_out(report, "the network's rows"):
         sketches.rows = rows(loaded.model, deployed)
     with _left_out(report, "the detections"):
-        runs: dict[str, Callable[..., Any]] = {"trained": loaded.model}
+        found = {"trained": _predicted(loaded.model, shown.batch)}
         if deployed is not None:
-            runnable = [name for name, file in made.items() if name != "pt" and backends.can_run(file)]
-            for name in runnable[-1:] or ["pt"]:
-                runs[name] = deployed if name == "pt" else backends.runner(made[name])
+            last = next((name for name in reversed(made) if name != "pt" and backends.can_run(made[name])), "pt")
+            if last in shown.predictions:
+                found[last] = shown.predictions[last]
+            else:
+                found[last] = _predicted(deployed if last == "pt" else backends.runner(made[last]), shown.batch)
         sketches.samples = samples(
-            runs,
-            pictures,
+            found,
+            shown.paths,
             task=loaded.task,
             names=loaded.names,
-            size=size,
+            size=shown.batch.shape[2:],
             strides=[int(stride) for stride in loaded.stride],
-            channels=loaded.yaml.get("channels", 3),
-            batch=report.settings["batch"],
         )
     return page(report.as_dict(), sketches)
+
+
+def _predicted(run: Callable[[Tensor], Any], batch: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([first(run(x)).float().cpu() for x in batch.split(1)])
 
 
 def layers(model: nn.Module) -> list[tuple[str, str]]:

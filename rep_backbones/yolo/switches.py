@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 import ultralytics.utils
 from ultralytics.utils import LOGGER, downloads
 
@@ -151,6 +152,16 @@ def jit_unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`?torch\.jit")
         yield
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """As many threads of PyTorch afterwards as before: choosing the CPU, Ultralytics leaves a core unused from then on."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

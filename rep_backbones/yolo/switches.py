@@ -9,14 +9,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import ultralytics.utils
-from ultralytics.utils import LOGGER, downloads
+from ultralytics.utils import LOGGER, downloads, torch_utils
 
 from rep_backbones.yolo.plain_data import Refused
 
@@ -154,14 +154,9 @@ def jit_unwarned() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def threads_kept() -> Iterator[None]:
-    """As many threads of PyTorch afterwards as before: choosing the CPU, Ultralytics leaves a core unused from then on."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def threads_kept() -> AbstractContextManager[None]:
+    """Choosing the CPU leaves PyTorch its threads: Ultralytics takes one core fewer than there are, from then on."""
+    return replaced(torch_utils, "NUM_THREADS", torch.get_num_threads())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 from ultralytics.engine.exporter import Exporter
 
 from rep_backbones.affine import AffineConv
-from rep_backbones.yolo import report_page
+from rep_backbones.export.html import commands
+from rep_backbones.yolo import fuse_export, fuse_export_cli, report_page
 from rep_backbones.yolo.fuse_export_cli import main
 from rep_backbones.yolo.pictures import SHIPPED
 
@@ -136,6 +138,34 @@ def test_the_pictures_show_what_the_proof_saw(batch: str, tmp_path: Path, monkey
     assert main([str(saved(tmp_path)), "--format", "onnx", "--batch", batch, "--no-latency"]) == 0
     found, text = made(tmp_path)
     assert found["notes"] == [] and all(path.name in text for path in SHIPPED)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--no-latency", "--nms", "--imgsz", "64", "96", "--format", "torchscript", "onnx"],
+        [
+            "--import",
+            "my_layers.py",
+            "--import",
+            "my_package.blocks",
+            "--int8",
+            "--int8-max-drop",
+            "0.5",
+            "--data",
+            "d.yaml",
+        ],
+        ["--batch", "2", "--dynamic", "--half", "--device", "cpu"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_makes_the_same_again(options: list[str], tmp_path: Path) -> None:
+    given = fuse_export_cli._settings(fuse_export_cli._parser().parse_args(["best.pt", *options]))
+    made = fuse_export._plain(given, (64, 96), list(given.formats) or ["onnx"])
+    command = commands({**full(), "settings": made})[0][1]
+    again = fuse_export_cli._settings(fuse_export_cli._parser().parse_args(split(command)[2:]))
+    assert fuse_export._plain(again, (64, 96), again.formats) == made and again.imgsz == (64, 96)
 
 
 def test_check_of_a_real_run(tmp_path: Path) -> None:

@@ -152,11 +152,14 @@ def commands(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     source, settings = report["source"]["path"], report["settings"]
     parts = ["python tools/fuse_export.py", quote(source)]
     for key, value in settings.items():
-        option = "--format" if key == "formats" else f"--{key.replace('_', '-')}"
-        if value is True:
-            parts.append(option)
-        elif value not in (None, False, [], "") and key != "pictures":
-            parts += [option, *(quote(str(part)) for part in (value if isinstance(value, (list, tuple)) else [value]))]
+        if key == "latency":
+            parts += [] if value else ["--no-latency"]
+        elif key == "imports":
+            parts += [part for name in value for part in ("--import", quote(name))]
+        elif value is True:
+            parts.append(_option(key))
+        elif value not in (None, False, [], "") and key != "pictures":  # which no option gives
+            parts += [_option(key), *(quote(str(part)) for part in (value if isinstance(value, (list, tuple)) else [value]))]
     if report["source"]["trusted"]:
         parts.append("--trust")
     found = [
@@ -169,6 +172,10 @@ def commands(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         if "trtexec" in about:
             found.append(("build the engine where TensorRT is", about["trtexec"]))
     return found
+
+
+def _option(key: str) -> str:
+    return "--format" if key == "formats" else f"--{key.replace('_', '-')}"
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------------------

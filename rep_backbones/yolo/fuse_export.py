@@ -55,6 +55,7 @@ class Settings:
     device: str | None = None
     pictures: tuple[Path, ...] = SHIPPED
     latency: bool = True  # measure how long each form takes, in a few seconds
+    imports: tuple[str, ...] = ()  # the user's own code that was imported, for the report
 
 
 @dataclass
@@ -325,4 +326,6 @@ def _plain(settings: Settings, size: tuple[int, int], formats: Sequence[str]) ->
         "data": settings.data and Path(settings.data).name,
         "device": settings.device,
         "pictures": [path.name for path in settings.pictures],
+        "latency": settings.latency,
+        "imports": [Path(name).name for name in settings.imports],
     }

@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ended("fuse_export", lambda: _run(options), interrupted="interrupted; nothing that was there before has changed")
 
 
-def _run(options: argparse.Namespace) -> int:
-    settings = Settings(
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(
         formats=tuple(options.format),
         imgsz=tuple(options.imgsz) if options.imgsz else None,
         batch=options.batch,
@@ -57,7 +57,12 @@ def _run(options: argparse.Namespace) -> int:
         data=options.data,
         device=options.device,
         latency=not options.no_latency,
+        imports=tuple(options.imports),
     )
+
+
+def _run(options: argparse.Namespace) -> int:
+    settings = _settings(options)
     with _terminable():
         for note in user_code.load(options.imports):
             _say(f"note: {note}")

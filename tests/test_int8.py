@@ -19,6 +19,7 @@ from torch import nn
 
 from rep_backbones.export import cures, quantize, tensorrt
 from rep_backbones.yolo import int8, shapes
+from rep_backbones.yolo.dataset import open_data
 from rep_backbones.yolo.fuse_export_cli import main
 
 
@@ -206,6 +207,8 @@ def test_ap_of_other_formats(tmp_path: Path, data: Path) -> None:
     assert main([str(weights), "--format", *formats, "--batch", "2", "--data", str(data), "--no-latency"]) == 0
     found = report(weights)
     assert set(found["artifacts"]) == {"pt", *formats}
+    proved_on = found["settings"]["pictures"]
+    assert len(proved_on) == 2 and {*proved_on} <= {picture.path.name for picture in open_data(data).pictures}
     for name in formats:
         assert found["artifacts"][name]["ap"] == pytest.approx(found["trained"]["ap"], abs=1e-3), name
 

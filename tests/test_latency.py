@@ -36,13 +36,13 @@ def test_calls_are_timed_in_turn_after_the_warm_up() -> None:
     assert found["b"] == Latency(*(pytest.approx(ms) for ms in (20.0, 10.0, 60.0)), runs=3)
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 2), (2.5, 3), (4.5, 5), (99.0, 12)])
-def test_the_budget_ends_it_but_every_call_is_timed_once(seconds: float, rounds: int) -> None:
+@pytest.mark.parametrize(("seconds", "warm", "timed"), [(0.0, 1, 3), (2.5, 1, 3), (4.5, 2, 3), (7.5, 2, 6), (99.0, 2, 10)])
+def test_the_budget_ends_it_but_each_call_is_timed_three_times(seconds: float, warm: int, timed: int) -> None:
     clock = Clock()
     calls = {"a": clock.taking("a", 0.5), "b": clock.taking("b", 0.5)}
     found = measure(calls, runs=10, warmup=2, seconds=seconds, clock=clock)  # type: ignore[arg-type]
-    assert clock.called == ["a", "b"] * rounds
-    assert found["a"].runs == found["b"].runs == max(rounds - 2, 1)
+    assert clock.called == ["a", "b"] * (warm + timed)
+    assert found["a"].runs == found["b"].runs == timed
 
 
 def test_no_runs_are_refused() -> None:

@@ -23,6 +23,7 @@ def measure(
     *,
     runs: int = 10,
     warmup: int = 2,
+    least: int = 3,
     seconds: float = 3.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
@@ -31,8 +32,9 @@ def measure(
     Args:
         calls: each must end with its result ready: what runs on a GPU waits for it.
         runs: rounds at most.
-        warmup: untimed rounds before, at most.
-        seconds: after so many, no other round begins, but for one of each kind.
+        warmup: untimed rounds before, at most; a second one begins only within a third of `seconds`.
+        least: rounds that are timed however long they take: a median with a spread needs some.
+        seconds: after so many, no other round begins.
         clock: gives seconds.
 
     Raises:
@@ -40,15 +42,15 @@ def measure(
     """
     if runs < 1:
         raise ValueError(f"runs={runs} is not accepted; give a whole number from 1")
-    end = clock() + seconds
+    begin = clock()
     for done in range(warmup):
-        if done and clock() >= end:
+        if done and clock() >= begin + seconds / 3:
             break
         for call in calls.values():
             call()
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for done in range(runs):
-        if done and clock() >= end:
+        if done >= least and clock() >= begin + seconds:
             break
         for name, call in calls.items():
             start = clock()

@@ -31,6 +31,7 @@ from rep_backbones.yolo.trainer import RepTrainer
 
 SMALL: dict[str, Any] = {
     "nc": len(NAMES),
+    "scale": "n",  # up to 8.4.100 the stock parser fails at a C3k2 where there is none
     "backbone": [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "C3k2", [16, True, 0.5]], [-1, 1, "Conv", [16, 3, 2]]],
     "head": [[-1, 1, "Conv", [16, 3, 2]], [[2, 3], 1, "Detect", ["nc"]]],
 }

@@ -124,8 +124,9 @@ def _exact_is_fused(stock: Callable[..., bool]) -> Callable[..., bool]:
     def is_fused(self: BaseModel, *args: Any, **kwargs: Any) -> bool:
         if unmerged(self):
             return False
-        if "thresh" in inspect.signature(stock).parameters and rows.names_a_layer(getattr(self, "yaml", None)):
-            # up to 8.4.100 "fewer than 10 norm layers" counts as fused, which a small model is from the start
+        if "thresh" in inspect.signature(stock).parameters:
+            # up to 8.4.100 "fewer than 10 norm layers" counts as fused, which a small model is from the start, and an
+            # expanded one once its branches are merged
             return not any(_has_norm(module) for module in self.modules())
         return stock(self, *args, **kwargs)
 

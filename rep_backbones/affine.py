@@ -122,9 +122,9 @@ class AffineConv:
             padding = (0, 0) if conv.padding == "valid" else pair(conv.padding)  # type: ignore[arg-type]
         return AffineConv(conv.weight, conv.bias, pair(conv.stride), padding, dilation, conv.groups)
 
-    def to_conv(self) -> nn.Conv2d:
-        """A new `nn.Conv2d` with this kernel, always with a bias, on the kernel's device and in its dtype."""
-        c2, dtype, device = self.out_channels, self.weight.dtype, self.weight.device
+    def to_conv(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
+        """A new `nn.Conv2d` with this kernel, always with a bias, on the kernel's device, in its dtype or the given one."""
+        c2, dtype, device = self.out_channels, dtype or self.weight.dtype, self.weight.device
         conv = _Blank(
             self.in_channels,
             c2,
@@ -168,6 +168,12 @@ class AffineConv:
         """
         if (kernel_size, padding, dilation) == (self.kernel_size, self.padding, self.dilation):
             return self
+        value, (top, left) = self._placed(kernel_size, padding, dilation)
+        weight = nn.functional.pad(value.weight, (left, left, top, top))
+        return replace(value, weight=weight, padding=padding, dilation=dilation)
+
+    def _placed(self, kernel_size: Pair, padding: Pair, dilation: Pair) -> tuple[AffineConv, Pair]:
+        """The same map, undilated where it must be, and the zeros in front of its kernel in the larger one, per axis."""
         # A kernel of extent 1 is the same under any dilation.
         fits = all(k == 1 or d == wanted for k, d, wanted in zip(self.kernel_size, self.dilation, dilation))
         value = self if fits else self.undilated()
@@ -185,9 +191,7 @@ class AffineConv:
                 "Kernel sizes of parallel branches must differ by an even number, and paddings by half of what that "
                 "adds to the extent"
             )
-        top, left = int(front[0]), int(front[1])
-        weight = nn.functional.pad(value.weight, (left, left, top, top))
-        return replace(value, weight=weight, padding=padding, dilation=dilation)
+        return value, (int(front[0]), int(front[1]))
 
     def regrouped(self, groups: int) -> AffineConv:
         """The same map written with fewer groups, zeros where the groups do not meet.
@@ -234,10 +238,19 @@ class AffineConv:
             if x != y:
                 remedy = "; write both with the same number of groups (`regrouped`, `dense`)" if what == "groups" else ""
                 raise AlgebraError(f"parallel branches must have equal {what}, got {x} and {y}{remedy}")
-        if a.dilation != b.dilation or a.kernel_size != b.kernel_size or a.padding != b.padding:
-            a, b = _same_kernel(a, b)
-        weight = a.weight + b.weight
-        return replace(a, weight=weight) if b.bias is None else replace(a, weight=weight).shifted(b.bias)
+        frame = _common_frame(a, b)
+        if frame == (b.kernel_size, b.padding, b.dilation):
+            a, b = b, a
+        total = a.embedded(*frame)
+        small, (top, left) = b._placed(*frame)
+        if small.kernel_size == total.kernel_size:
+            weight = total.weight + small.weight
+        else:  # in place in a copy: a padded kernel would be another one of full size
+            weight = total.weight.clone()
+            height, width = small.kernel_size
+            weight[:, :, top : top + height, left : left + width] += small.weight
+        total = replace(total, weight=weight)
+        return total if b.bias is None else total.shifted(b.bias)
 
     def then(self, other: AffineConv, *, regroup: bool = False) -> AffineConv:
         """This map followed by `other` (transform III).
@@ -291,15 +304,12 @@ class AffineConv:
         return _composed(a, b)
 
 
-def _same_kernel(a: AffineConv, b: AffineConv) -> tuple[AffineConv, AffineConv]:
-    """Both maps with the kernel size, padding and dilation that serve both: the dilation is kept where both have it."""
+def _common_frame(a: AffineConv, b: AffineConv) -> tuple[Pair, Pair, Pair]:
+    """The kernel size, padding and dilation that serve both maps: the dilation is kept where both have it."""
     shared = all(x == y or 1 in (j, k) for x, y, j, k in zip(a.dilation, b.dilation, a.kernel_size, b.kernel_size))
-    if not shared:
-        a, b = a.undilated(), b.undilated()
-    dilation = tuple(y if j == 1 else x for x, y, j in zip(a.dilation, b.dilation, a.kernel_size))
-    kernel = tuple(map(max, a.kernel_size, b.kernel_size))
-    padding = tuple(map(max, a.padding, b.padding))
-    return a.embedded(kernel, padding, dilation), b.embedded(kernel, padding, dilation)  # type: ignore[arg-type]
+    kernels = (a.kernel_size, b.kernel_size) if shared else (a.extent, b.extent)
+    dilation = tuple(y if j == 1 else x for x, y, j in zip(a.dilation, b.dilation, a.kernel_size)) if shared else (1, 1)
+    return tuple(map(max, *kernels)), tuple(map(max, a.padding, b.padding)), dilation  # type: ignore[return-value]
 
 
 def _plain(numbers: list[float]) -> tuple[float | int, ...]:
@@ -395,8 +405,8 @@ def align(values: list[AffineConv]) -> list[AffineConv]:
     """
     widest = values[0]
     for v in values[1:]:
-        widest = _same_kernel(widest, v)[0]
-    return [_same_kernel(v, widest)[0] for v in values]
+        widest = widest.embedded(*_common_frame(widest, v))
+    return [v.embedded(*_common_frame(v, widest)) for v in values]
 
 
 def identity(channels: int, like: Tensor | None = None) -> AffineConv:

@@ -165,11 +165,11 @@ def _fold(part: _Part) -> nn.Conv2d:
         at = part.series[int(index)][0] if index else part.path
         raise type(error)(error.reason, _join(at, rest)) from error
     like = next((p for m in modules for p in m.parameters()), torch.empty(0))
-    value = value.to(like.dtype)
-    for name, tensor in (("kernel", value.weight), ("bias", value.bias)):
+    conv = value.to_conv(like.dtype)
+    for name, tensor in (("kernel", conv.weight), ("bias", conv.bias)):
         if tensor is not None and not tensor.sum(dtype=torch.float64).isfinite():
             raise FoldError(f"the merged {name} does not fit into {like.dtype}; fuse in float32: model.float()", part.path)
-    conv = value.to_conv().to(like.device).requires_grad_(like.requires_grad)
+    conv = conv.to(like.device).requires_grad_(like.requires_grad)
     kernels = [p for m in modules for p in m.parameters() if p.dim() == 4]
     last = any(not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
     return conv.to(memory_format=torch.channels_last) if last else conv  # type: ignore[call-overload]

@@ -21,7 +21,7 @@ from ultralytics.nn.tasks import BaseModel
 from rep_backbones.containers import Block, Parallel
 from rep_backbones.fuse import fuse
 from rep_backbones.rules import VIEWS, multi_branch
-from rep_backbones.yolo import guard, rows
+from rep_backbones.yolo import guard
 
 _PLACE = ("i", "f", "type")  # what Ultralytics keeps on each layer of a model, and reads in its forward
 

@@ -168,12 +168,6 @@ class AffineConv:
         """
         if (kernel_size, padding, dilation) == (self.kernel_size, self.padding, self.dilation):
             return self
-        value, (top, left) = self._placed(kernel_size, padding, dilation)
-        weight = nn.functional.pad(value.weight, (left, left, top, top))
-        return replace(value, weight=weight, padding=padding, dilation=dilation)
-
-    def _placed(self, kernel_size: Pair, padding: Pair, dilation: Pair) -> tuple[AffineConv, Pair]:
-        """The same map, undilated where it must be, and the zeros in front of its kernel in the larger one, per axis."""
         # A kernel of extent 1 is the same under any dilation.
         fits = all(k == 1 or d == wanted for k, d, wanted in zip(self.kernel_size, self.dilation, dilation))
         value = self if fits else self.undilated()
@@ -191,7 +185,9 @@ class AffineConv:
                 "Kernel sizes of parallel branches must differ by an even number, and paddings by half of what that "
                 "adds to the extent"
             )
-        return value, (int(front[0]), int(front[1]))
+        top, left = int(front[0]), int(front[1])
+        weight = nn.functional.pad(value.weight, (left, left, top, top))
+        return replace(value, weight=weight, padding=padding, dilation=dilation)
 
     def regrouped(self, groups: int) -> AffineConv:
         """The same map written with fewer groups, zeros where the groups do not meet.
@@ -206,9 +202,9 @@ class AffineConv:
         c2, cg, kh, kw = self.weight.shape
         merged = self.groups // groups  # old groups in each new one
         blocks = self.weight.reshape(groups, merged, c2 // self.groups, cg, kh, kw)
-        weight = blocks.new_zeros(groups, merged, c2 // self.groups, merged, cg, kh, kw)
-        diagonal = torch.arange(merged, device=weight.device)
-        weight[:, diagonal, :, diagonal] = blocks.transpose(0, 1)
+        # the block diagonal as a product: one that can be traced and exported, unlike a write by indices
+        diagonal = torch.eye(merged, dtype=blocks.dtype, device=blocks.device).reshape(1, merged, 1, merged, 1, 1, 1)
+        weight = blocks.unsqueeze(3) * diagonal
         return replace(self, weight=weight.reshape(c2, merged * cg, kh, kw), groups=groups)
 
     def dense(self) -> AffineConv:
@@ -239,17 +235,14 @@ class AffineConv:
                 remedy = "; write both with the same number of groups (`regrouped`, `dense`)" if what == "groups" else ""
                 raise AlgebraError(f"parallel branches must have equal {what}, got {x} and {y}{remedy}")
         frame = _common_frame(a, b)
-        if frame == (b.kernel_size, b.padding, b.dilation):
-            a, b = b, a
-        total = a.embedded(*frame)
-        small, (top, left) = b._placed(*frame)
-        if small.kernel_size == total.kernel_size:
-            weight = total.weight + small.weight
-        else:  # in place in a copy: a padded kernel would be another one of full size
-            weight = total.weight.clone()
-            height, width = small.kernel_size
-            weight[:, :, top : top + height, left : left + width] += small.weight
-        total = replace(total, weight=weight)
+        x, y = a.embedded(*frame), b.embedded(*frame)
+        if x is not a:  # its padded kernel is new: in place, as a sum apart would be another one of full size
+            weight = x.weight.add_(y.weight)
+        elif y is not b:
+            weight = y.weight.add_(x.weight)
+        else:
+            weight = x.weight + y.weight
+        total = replace(x, weight=weight)
         return total if b.bias is None else total.shifted(b.bias)
 
     def then(self, other: AffineConv, *, regroup: bool = False) -> AffineConv:

@@ -1,17 +1,27 @@
 """Every model YAML of this package builds by name, at every scale, with the published numbers of parameters."""
 
 from copy import deepcopy
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+import ultralytics
+from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
 from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
-from yolo_helpers import randomize_norms
+from ultralytics.nn.modules import C3
+from yolo_helpers import noise, randomize_norms
 
 import rep_backbones
 from rep_backbones.rules import multi_branch
-from rep_backbones.yolo import names, rows
+from rep_backbones.yolo import expanding, names, rows
+from rep_backbones.yolo.proof import exported_form, named
+from rep_backbones.yolo.stock import to_stock
 
 # YOLOv6 v3.0, counted from the authors' own code in training form: backbone (with its pooling pyramid), neck
 YOLOV6 = {
@@ -20,14 +30,67 @@ YOLOV6 = {
     "efficientrep-m.yaml": (25_716_780, 8_243_052),
     "efficientrep-l.yaml": (38_472_533, 14_490_520),
 }
-PACKAGED = names.packaged()
-BUILT = [*YOLOV6, "efficientrep-qa-n.yaml", "yolo11n-repconv.yaml"]
+# YOLOv7, likewise: all rows before the head
+YOLOV7 = {"yolov7-tiny.yaml": 5_997_856, "yolov7.yaml": 37_162_400, "yolov7x.yaml": 70_772_424}
+# torchvision's ResNets without their linear layer, the plain one without the three projections of ResNet-34 too; the
+# trunk of YOLOv5-l without its pooling pyramid; two factors for each of 16 or 21 residual blocks
+LINEAGE = {
+    "plain34-l.yaml": 21_284_672 - 173_824,
+    "resnet34-l.yaml": 21_284_672,
+    "resnet50-l.yaml": 23_508_032,
+    "resnet50-weighted-l.yaml": 23_508_032 + 32,
+    "cspdarknet-l.yaml": 23_958_400,
+    "cspdarknet-weighted-l.yaml": 23_958_400 + 42,
+}
+# networks that train without branches
+PLAIN = {"efficientrep-l", "yolov7-tiny", "yolov7x", "plain34", "resnet34", "resnet50", "resnet50-weighted"}
+OF_LINEAGE = ("plain34", "plain34-repvgg", "resnet34", "resnet50", "resnet50-weighted", "cspdarknet", "cspdarknet-weighted")
+HAS_YOLO26 = (Path(ultralytics.__file__).parent / "cfg" / "models" / "26").is_dir()
+PACKAGED = [name for name in names.packaged() if HAS_YOLO26 or not name.startswith("yolo26")]
+BUILT = [
+    *YOLOV6,
+    *YOLOV7,
+    *(f"{stem}-n.yaml" for stem in OF_LINEAGE),
+    "efficientrep-qa-n.yaml",
+    "yolo11n-repconv.yaml",
+    "yolo11n-expand.yaml",
+    *(["yolo26n-expand.yaml"] if HAS_YOLO26 else []),
+]
 
 
 def on_paper(name):
     """The layers of a model without their numbers: shapes cost nothing."""
     with torch.device("meta"):
         return tasks.parse_model(deepcopy(tasks.yaml_model_load(name)), ch=3, verbose=False)[0]
+
+
+@cache
+def numbers_on_paper(name):
+    """All parameters, and layers with branches; a model that is kept slows down every test after it."""
+    layers = on_paper(name)
+    assert type(layers[-1]).__name__ == "Detect" and layers[-1].legacy is False
+    return numbers([layers]), len(multi_branch(layers))
+
+
+def narrow(name):
+    """A detector of the same rows, narrow and shallow."""
+    torch.manual_seed(0)
+    config = tasks.yaml_model_load(name)
+    config["scale"] = config.get("scale") or "n"
+    config.setdefault("scales", {})[config["scale"]] = [0.33, 0.125, 1024]
+    return tasks.DetectionModel(config, verbose=False)
+
+
+def is_plain(name):
+    return names.find(name) is not None and names.find(name).file.stem in PLAIN
+
+
+def convs_and_norms(*modules):
+    return [part for module in modules for part in module.modules() if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))]
+
+
+def numbers(modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def test_the_four_sizes_are_there():
@@ -39,28 +102,34 @@ def test_parameters_are_those_published(name):
     config = tasks.yaml_model_load(name)
     layers = on_paper(name)
     trunk = len(config["backbone"])
-    counts = [sum(p.numel() for layer in part for p in layer.parameters()) for part in (layers[:trunk], layers[trunk:-1])]
-    assert tuple(counts) == YOLOV6[name]
+    assert (numbers(layers[:trunk]), numbers(layers[trunk:-1])) == YOLOV6[name]
+
+
+@pytest.mark.parametrize("name", YOLOV7)
+def test_parameters_of_yolov7_are_those_published(name):
+    assert numbers(on_paper(name)[:-1]) == YOLOV7[name]
+
+
+@pytest.mark.parametrize("name", LINEAGE)
+def test_parameters_of_the_lineage_are_those_known(name):
+    assert numbers(on_paper(name)[: len(tasks.yaml_model_load(name)["backbone"])]) == LINEAGE[name]
 
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_every_name_parses_at_its_scale(name):
-    layers = on_paper(name)
     config = tasks.yaml_model_load(name)
-    assert config["scale"] in config["scales"] and config["yaml_file"] == name
-    assert rows.names_a_layer(config)
-    if name != "efficientrep-l.yaml":  # this size trains without branches
-        assert multi_branch(layers)
-    assert type(layers[-1]).__name__ == "Detect" and layers[-1].legacy is False
+    assert config["yaml_file"] == name and ("scales" not in config or config["scale"] in config["scales"])
+    assert rows.names_a_layer(config) or expanding.requests(config)
+    assert is_plain(name) != bool(numbers_on_paper(name)[1])
 
 
 def test_scales_differ():
-    sizes = {name: sum(p.numel() for p in on_paper(name).parameters()) for name in PACKAGED}
+    sizes = {name: numbers_on_paper(name)[0] for name in PACKAGED}
     assert len(set(sizes.values())) == len(sizes)
 
 
 def test_every_file_is_built_here():
-    built = {names.find(name.replace("yolo11n", "yolo11")).file for name in BUILT}
+    built = {names.find(name.replace("1n-", "1-").replace("6n-", "6-")).file for name in BUILT}
     assert built == {names.find(name).file for name in PACKAGED}
 
 
@@ -74,18 +143,31 @@ def test_models_build_by_name(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_every_file_fuses_to_one_convolution_each(name):
-    torch.manual_seed(0)
-    config = tasks.yaml_model_load(name)
-    config["scales"][config["scale"]] = [0.33, 0.125, 1024]  # the same rows, narrow
-    model = randomize_norms(tasks.DetectionModel(config, verbose=False)).eval()
-    x = torch.rand(1, 3, 64, 64)
+def test_every_file_trains_a_step_and_fuses_to_one_convolution_each(name):
+    model, x = narrow(name), noise()
+    model.args = get_cfg()
+    objects = {"cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.5), "batch_idx": torch.arange(2.0)}
+    model.loss({"img": x, **objects})[0].sum().backward()
+    trained = {path: p.grad for path, p in model.named_parameters() if p.requires_grad}
+    assert not [path for path, grad in trained.items() if grad is None or not grad.isfinite().all()]
+    randomize_norms(model).eval()
     with torch.no_grad():
-        before, fused = model(x)[0], rep_backbones.fuse(model)
-        after = fused(x)[0]
-    for part in (slice(0, 4), slice(4, None)):
-        assert (before[:, part] - after[:, part]).abs().max() <= 1e-5 * before[:, part].abs().max()
-    assert not multi_branch(fused) and (name == "efficientrep-l.yaml" or multi_branch(model))
+        before, fused = named(model(x), model), rep_backbones.fuse(model)
+        after = named(fused(x), fused)
+    assert before.keys() == after.keys()
+    for part, value in before.items():
+        assert (value - after[part]).abs().max() <= 1e-5 * value.abs().max(), part
+    assert is_plain(name.replace("1n-", "1-")) != bool(multi_branch(model)) and not multi_branch(fused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILT)
+def test_every_file_exports(name):
+    deployed = exported_form(to_stock(rep_backbones.fuse(narrow(name).eval())))
+    file = BytesIO()
+    torch.onnx.export(deployed, (noise(1),), file, dynamo=False, opset_version=18)
+    nodes = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+    assert 0 < nodes.count("Conv") <= sum(isinstance(module, nn.Conv2d) for module in deployed.modules())
 
 
 def test_yolov6s_own_choices():
@@ -100,12 +182,73 @@ def test_yolov6s_own_choices():
     assert in_pyramid == {"SiLU"}
 
 
+def test_yolov7s_own_choices():
+    tiny, seven, large = (on_paper(name) for name in YOLOV7)
+    acts = [
+        {repr(m) for m in layers[:-1].modules() if type(m).__module__.endswith(".activation")}
+        for layers in (tiny, seven, large)
+    ]
+    assert {act.split("(")[0] for act in acts[1] | acts[2]} == {"SiLU"}
+    assert acts[0] == {"LeakyReLU(negative_slope=0.1)"}
+    last = [[type(layer).__name__ for layer in layers[-4:-1]] for layers in (tiny, seven, large)]
+    assert last == [["ConvBNAct"] * 3, ["RepConv"] * 3, ["Conv"] * 3]
+    assert not any("identity" in path for path, _ in seven.named_modules())
+
+
+def test_the_lineage_has_one_neck():
+    necks = [tasks.yaml_model_load(f"{stem}-n.yaml")["head"] for stem in OF_LINEAGE]
+    assert all([row[1:] for row in neck] == [row[1:] for neck in necks[:1] for row in neck] for neck in necks)
+    assert tasks.yaml_model_load("resnet50.yaml")["scale"] == "l"
+
+
+def test_resnet50_computes_what_torchvisions_does():
+    config = {**tasks.yaml_model_load("resnet50.yaml"), "scales": {"l": [0.33, 1.0, 2048]}}
+    ours = tasks.parse_model(config, ch=3, verbose=False)[0][:6].eval()
+    theirs = randomize_norms(ResNet(Bottleneck, [1, 1, 2, 1])).eval()
+    theirs.avgpool = theirs.fc = nn.Identity()
+    with torch.no_grad():
+        for mine, given in zip(convs_and_norms(ours), convs_and_norms(theirs), strict=True):
+            mine.load_state_dict(given.state_dict())
+        expected = theirs(noise(1))
+        assert (ours(noise(1)).flatten(1) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_cspdarknet_computes_what_yolov5s_trunk_does():
+    configs = [tasks.yaml_model_load(name) for name in ("cspdarknet-n.yaml", "yolov5n.yaml")]
+    ours, theirs = (tasks.parse_model(deepcopy(config), ch=3, verbose=False)[0][:9].eval() for config in configs)
+    randomize_norms(theirs)
+    parts = [[row.cv1, row.cv2, row.m, row.cv3] if isinstance(row, C3) else [row] for row in theirs]
+    with torch.no_grad():
+        for mine, given in zip(convs_and_norms(ours), convs_and_norms(*sum(parts, [])), strict=True):
+            mine.load_state_dict(given.state_dict())
+        expected = theirs(noise(1))
+        assert (ours(noise(1)) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_plain_networks_with_branches_deploy_to_the_plain_ones():
+    fused = [rep_backbones.fuse(narrow(f"{stem}-n.yaml").eval()) for stem in ("plain34", "plain34-repvgg")]
+    shapes = [[(m.weight.shape, m.stride) for m in model.modules() if isinstance(m, nn.Conv2d)] for model in fused]
+    assert shapes[0] == shapes[1]
+
+
+def rows_of(name):
+    config = tasks.yaml_model_load(name)
+    return [row[:4] for row in config["backbone"] + config["head"]]
+
+
 def test_the_example_differs_from_yolo11_in_one_row():
-    ours, theirs = (tasks.yaml_model_load(name) for name in ("yolo11-repconv.yaml", "yolo11.yaml"))
-    rows_of = [[row[:4] for row in config["backbone"] + config["head"]] for config in (ours, theirs)]
-    different = [(a, b) for a, b in zip(*rows_of, strict=True) if a != b]
+    different = [(a, b) for a, b in zip(rows_of("yolo11-repconv.yaml"), rows_of("yolo11.yaml"), strict=True) if a != b]
     assert len(different) == 1 and different[0][0][2] == "RepConv" and different[0][1][2] == "Conv"
-    assert different[0][0][3] == different[0][1][3] and ours["scales"] == theirs["scales"]
+    assert different[0][0][3] == different[0][1][3]
+    assert tasks.yaml_model_load("yolo11-repconv.yaml")["scales"] == tasks.yaml_model_load("yolo11.yaml")["scales"]
+
+
+@pytest.mark.parametrize("stem", ["yolo11", *(["yolo26"] if HAS_YOLO26 else [])])
+def test_expanded_networks_are_the_stock_ones(stem):
+    ours, theirs = (tasks.yaml_model_load(f"{stem}{end}.yaml") for end in ("-expand", ""))
+    assert rows_of(f"{stem}-expand.yaml") == rows_of(f"{stem}.yaml") and ours["expand"] == "DiverseBranchBlock"
+    same = theirs.keys() - {"backbone", "head", "yaml_file"}
+    assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
 
 
 # ---- by name ------------------------------------------------------------------------------------------------------------

@@ -80,13 +80,18 @@ class Report:
         return {**about, **asdict(self)}
 
     def write(self, path: Path) -> None:
-        """Write it as JSON; NaN and infinity, which JSON has not, become null.
+        """As `write_json`."""
+        write_json(path, self.as_dict())
 
-        Raises:
-            TargetError: `path` cannot be written.
-        """
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain data as JSON; NaN and infinity, which JSON has not, become null.
+
+    Raises:
+        TargetError: `path` cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def proof(report: Comparison) -> dict[str, Any]:

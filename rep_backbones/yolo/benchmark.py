@@ -20,17 +20,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import nn
 from ultralytics import YOLO
 
 from rep_backbones.blocks import RepVGGBlock
 from rep_backbones.export.files import replacing, writable_folder
+from rep_backbones.export.onnx_fuse import fuse_onnx
 from rep_backbones.export.report import versions
 from rep_backbones.fuse import fuse
 from rep_backbones.registry import LAYERS
 from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.expanding import expand
+from rep_backbones.yolo.switches import jit_unwarned
 
 # Ding et al., "RepVGG", CVPR 2021, table 2: RepVGG-B3 has layers 1, 4, 6, 16, 1, widths 64 x [1, 3, 6, 12] and 512 x 5
 B3 = ((64, 1), (192, 4), (384, 6), (768, 16), (2560, 1))
@@ -125,11 +128,26 @@ def job_expand() -> dict[str, float]:
     return {"expand YOLO11n by DiverseBranchBlock and fuse it, seconds": time.perf_counter() - start}
 
 
+def job_onnx() -> dict[str, float]:
+    """Seconds of fusing an ONNX graph of 50 RepVGG layers with 128 channels, without its source."""
+    model = shuffled(nn.Sequential(*[RepVGGBlock(128, 128) for _ in range(50)]).eval())
+    with jit_unwarned(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (torch.rand(1, 128, 32, 32),), file, dynamo=False, opset_version=18)
+        graph = onnx.load(file)
+    start = time.perf_counter()
+    _, fused = fuse_onnx(graph)
+    seconds = time.perf_counter() - start
+    assert len(fused) == 50
+    return {"fuse an ONNX graph of 50 multi-branch layers, seconds": seconds}
+
+
 JOBS: dict[str, Callable[[], dict[str, float]]] = {
     "fuse": job_fuse,
     "error": job_error,
     "blocks": job_blocks,
     "expand": job_expand,
+    "onnx": job_onnx,
 }
 
 
@@ -147,6 +165,7 @@ def measured(repeats: int) -> list[tuple[str, list[float], str]]:
         "every block fused in float32, the largest fraction of its range": "at most 1e-6",
         "every block fused in float32, the largest fraction of its range, without oneDNN": "the same",
         "expand YOLO11n by DiverseBranchBlock and fuse it, seconds": "under 3",
+        "fuse an ONNX graph of 50 multi-branch layers, seconds": "under 5",
     }
     for _ in range(repeats):
         for job in JOBS:

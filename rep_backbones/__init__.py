@@ -1,6 +1,7 @@
 """Train a detector with many parallel branches per layer, deploy it with one convolution per layer, computing the same."""
 
 from rep_backbones import blocks
+from rep_backbones.backbones import create_backbone, list_backbones
 from rep_backbones.fuse import fuse
 from rep_backbones.registry import register_layer
 from rep_backbones.rules import equivalent_conv
@@ -9,6 +10,15 @@ from rep_backbones.yolo.expanding import expand
 from rep_backbones.yolo.install import install
 
 __version__ = "0.1.0"
-__all__ = ["blocks", "equivalent_conv", "expand", "fuse", "register_layer", "verify"]
+__all__ = [
+    "blocks",
+    "create_backbone",
+    "equivalent_conv",
+    "expand",
+    "fuse",
+    "list_backbones",
+    "register_layer",
+    "verify",
+]
 
 install()  # last: the adapter needs the verbs above

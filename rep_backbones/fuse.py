@@ -22,6 +22,7 @@ from rep_backbones.rules import (
     RULES,
     FoldError,
     in_float64,
+    is_finite,
     is_series,
     merges,
     multi_branch,
@@ -40,7 +41,8 @@ def fuse(
     """A copy of the model in eval mode with one convolution for each multi-branch layer.
 
     Args:
-        model: a block, any nn.Module or an Ultralytics model, in eval mode; any dtype and device.
+        model: a block, any nn.Module or an Ultralytics model, in eval mode; any dtype and device. On the meta device it
+            gives the shapes of the fused model.
         inplace: change `model` itself and return it (a lone block is returned anew, as its type changes). All kernels are
             folded before the first layer is replaced, so a model that can't be fused stays whole.
         foreign: "keep" leaves layers of unknown types as they are; "refuse" raises for a module of an unknown type
@@ -167,7 +169,7 @@ def _fold(part: _Part) -> nn.Conv2d:
     like = next((p for m in modules for p in m.parameters()), torch.empty(0))
     conv = value.to_conv(like.dtype)
     for name, tensor in (("kernel", conv.weight), ("bias", conv.bias)):
-        if tensor is not None and not tensor.sum(dtype=torch.float64).isfinite():
+        if tensor is not None and not is_finite(tensor, torch.float64):
             raise FoldError(f"the merged {name} does not fit into {like.dtype}; fuse in float32: model.float()", part.path)
     conv = conv.to(like.device).requires_grad_(like.requires_grad)
     kernels = [p for m in modules for p in m.parameters() if p.dim() == 4]

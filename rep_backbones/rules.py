@@ -238,10 +238,15 @@ def _shares(module: nn.Module, channels: int | None) -> dict[str, AffineConv]:
 
 def _double(module: nn.Module) -> nn.Module:
     # The memo makes the copy take float64 tensors at once: a plain deepcopy would hold the numbers twice in passing.
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", torch.float64)) for p in module.parameters()}
+    memo: dict[int, Any] = {id(p): nn.Parameter(_on_cpu(p, torch.float64)) for p in module.parameters()}
     for b in module.buffers():
-        memo[id(b)] = b.detach().to("cpu", torch.float64 if b.is_floating_point() else b.dtype)
+        memo[id(b)] = _on_cpu(b, torch.float64 if b.is_floating_point() else b.dtype)
     return copy.deepcopy(module, memo)
+
+
+def _on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Shapes on the meta device have no numbers to move: they stay, and fold to shapes."""
+    return tensor.detach().to(tensor.device if tensor.is_meta else "cpu", dtype)
 
 
 def _values(children: Iterable[tuple[str, nn.Module]], channels: int | None, in_series: bool) -> list[AffineConv]:
@@ -284,8 +289,8 @@ def check_numbers(module: nn.Module) -> None:
         FoldError: for NaN, inf or negative variances, with the path of the tensor.
     """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        # the sum is finite only if all values are, and needs no memory of its own; it may overflow, so it does not decide
-        if tensor.is_floating_point() and not tensor.sum().isfinite() and not torch.isfinite(tensor).all():
+        # it may overflow, so it does not decide
+        if tensor.is_floating_point() and not is_finite(tensor) and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise FoldError(
                 f"{bad} of {tensor.numel()} values are NaN or inf; the training has diverged, or weights over 65504 "
@@ -294,7 +299,7 @@ def check_numbers(module: nn.Module) -> None:
                 name,
             )
     for name, norm in module.named_modules():
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None or norm.running_var.is_meta:
             continue
         if bad := int((norm.running_var.double() + norm.eps <= 0).sum()):
             raise FoldError(
@@ -302,6 +307,11 @@ def check_numbers(module: nn.Module) -> None:
                 "the file is damaged, or its weights were changed. Go back to an earlier checkpoint",
                 name,
             )
+
+
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the sum, in `dtype`, is finite: only if all values are, and it needs no memory of its own. Shapes are."""
+    return tensor.is_meta or bool(tensor.sum(dtype=dtype).isfinite())
 
 
 def seen_as(module: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from ultralytics.nn import tasks
 from ultralytics.nn.modules import Detect
 from ultralytics.utils import dist
 
-from rep_backbones import blocks, containers
+from rep_backbones import backbones, blocks, containers
 from rep_backbones.expand import Expanded
 from rep_backbones.online import Online
 from rep_backbones.registry import LAYERS
@@ -70,7 +70,7 @@ def safe_classes() -> list[type]:
     """The module classes of this package, which a checkpoint may hold under weights-only loading."""
     found = {id(cls): cls for cls in (layer.cls for layer in LAYERS.values()) if _is_ours(cls)}
     found |= {id(cls): cls for cls in (Online, Expanded)}
-    for module in (blocks, containers):
+    for module in (backbones, blocks, containers):
         found |= {id(cls): cls for cls in vars(module).values() if isinstance(cls, type) and _is_ours(cls)}
     return list(found.values())
 

@@ -19,7 +19,7 @@ from yolo_helpers import noise, randomize_norms
 
 import rep_backbones
 from rep_backbones.rules import multi_branch
-from rep_backbones.yolo import expanding, names, rows
+from rep_backbones.yolo import expanding, names, reading
 from rep_backbones.yolo.proof import exported_form, named
 from rep_backbones.yolo.stock import to_stock
 
@@ -119,7 +119,7 @@ def test_parameters_of_the_lineage_are_those_known(name):
 def test_every_name_parses_at_its_scale(name):
     config = tasks.yaml_model_load(name)
     assert config["yaml_file"] == name and ("scales" not in config or config["scale"] in config["scales"])
-    assert rows.names_a_layer(config) or expanding.requests(config)
+    assert reading.names_a_layer(config) or expanding.requests(config)
     assert is_plain(name) != bool(numbers_on_paper(name)[1])
 
 

@@ -16,7 +16,7 @@ from ultralytics.utils import LOGGER
 
 from rep_backbones.registry import LAYERS, Layer, layer_named
 from rep_backbones.rules import multi_branch
-from rep_backbones.yolo import rows
+from rep_backbones.yolo import reading
 
 NAMES = sorted(LAYERS)
 
@@ -301,7 +301,7 @@ def test_no_row_brings_reading_down(row):
         [-1, row, "RepConv", [8]],
     ):
         try:
-            rows.read_rows({"nc": 3, "backbone": [[-1, 1, "Conv", [8]], given_row], "head": []})
+            reading.read_rows({"nc": 3, "backbone": [[-1, 1, "Conv", [8]], given_row], "head": []})
         except ValueError as error:
             assert "row 1 (backbone[1])" in str(error)
 

@@ -16,7 +16,7 @@ import sys
 import torch
 from torch import nn
 
-from rep_backbones.registry import LAYERS
+from rep_backbones.registry import KNOWN
 from rep_backbones.yolo.plain_data import NAMESPACES, Global
 
 LAYER_PACKAGES = ("torch.nn.modules", "ultralytics.nn.modules", "rep_backbones")
@@ -50,7 +50,7 @@ def within(module: str, packages: tuple[str, ...]) -> bool:
 
 def layer_packages() -> tuple[str, ...]:
     """Packages whose nn.Modules may be built: torch's, Ultralytics', ours, and the files that registered a layer."""
-    return (*LAYER_PACKAGES, *(layer.cls.__module__ for layer in LAYERS.values()))
+    return (*LAYER_PACKAGES, *(layer.cls.__module__ for layer in KNOWN.values()))
 
 
 def module_class(name: Global) -> type[nn.Module] | None:

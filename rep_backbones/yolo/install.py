@@ -25,7 +25,7 @@ from ultralytics.utils import dist
 from rep_backbones import backbones, blocks, containers
 from rep_backbones.expand import Expanded
 from rep_backbones.online import Online
-from rep_backbones.registry import LAYERS
+from rep_backbones.registry import KNOWN
 from rep_backbones.yolo import fusing, names, rows
 
 OLDEST, LATEST = "8.3.252", "8.4.190"
@@ -68,7 +68,7 @@ def unsupported(why: str) -> RuntimeError:
 
 def safe_classes() -> list[type]:
     """The module classes of this package, which a checkpoint may hold under weights-only loading."""
-    found = {id(cls): cls for cls in (layer.cls for layer in LAYERS.values()) if _is_ours(cls)}
+    found = {id(cls): cls for cls in (layer.cls for layer in KNOWN.values()) if _is_ours(cls)}
     found |= {id(cls): cls for cls in (Online, Expanded)}
     for module in (backbones, blocks, containers):
         found |= {id(cls): cls for cls in vars(module).values() if isinstance(cls, type) and _is_ours(cls)}
@@ -153,9 +153,9 @@ def _importing_ddp_file(stock: Callable[..., str]) -> Callable[..., str]:
 
 def _worker_imports() -> str:
     """Lines that make this package and the user's own layers known in a worker, which starts from an empty interpreter."""
-    modules = sorted({layer.cls.__module__ for layer in LAYERS.values() if not _is_ours(layer.cls)})
+    modules = sorted({layer.cls.__module__ for layer in KNOWN.values() if not _is_ours(layer.cls)})
     if "__main__" in modules:
-        mine = [layer.name for layer in LAYERS.values() if layer.cls.__module__ == "__main__"]
+        mine = [layer.name for layer in KNOWN.values() if layer.cls.__module__ == "__main__"]
         raise ValueError(
             f"training on several GPUs cannot import {', '.join(mine)}, registered in the script that was started; "
             "move the class, with its rep_backbones.register_layer, into a module of its own and import that"

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from torch import nn
 from ultralytics.nn import tasks
 
-from rep_backbones.registry import LAYERS, Layer
+from rep_backbones.registry import KNOWN, Layer
 
 Config = dict[str, Any]
 
@@ -33,7 +33,12 @@ class Row:
     layer: Layer | None
     args: tuple[Any, ...] = ()  # after c2
     kwargs: dict[str, Any] = field(default_factory=dict)
-    c2: int = 0
+    c2: int = 0  # of a trunk, which gives a list, none
+
+    @property
+    def is_trunk(self) -> bool:
+        """Whether it gives a list of outputs, of which Index rows take one each."""
+        return self.layer is not None and self.layer.outputs == "list"
 
     def error(self, what: str) -> ValueError:
         return ValueError(f"model YAML, row {self.index} ({self.where}): {self.given}: {what}")
@@ -50,6 +55,8 @@ def read_rows(d: Config) -> list[Row]:
     bad one.
     """
     rows: list[Row] = []
+    if d.get("scales") and not d.get("scale"):
+        d = {**d, "scale": next(iter(d["scales"]))}  # as upstream takes it
     for section in ("backbone", "head"):
         given = d.get(section)
         if not isinstance(given, list):
@@ -63,7 +70,7 @@ def names_a_layer(d: Any) -> bool:
     sections = [d.get(key) for key in ("backbone", "head")] if isinstance(d, dict) else []
     rows = [row for section in sections if isinstance(section, list) for row in section]
     return any(
-        isinstance(row, (list, tuple)) and len(row) > 2 and isinstance(row[2], str) and row[2] in LAYERS for row in rows
+        isinstance(row, (list, tuple)) and len(row) > 2 and isinstance(row[2], str) and row[2] in KNOWN for row in rows
     )
 
 
@@ -75,7 +82,7 @@ def _read_row(index: int, where: str, given: Any, d: Config) -> Row:
     if not isinstance(given, (list, tuple)) or len(given) != 4:
         raise row.error("a row has four entries: [from, repeats, layer, args]")
     source, repeats, name, args = given
-    layer = LAYERS.get(name) if isinstance(name, str) else None
+    layer = KNOWN.get(name) if isinstance(name, str) else None
     if layer is None:
         return Row(index, where, given, source, repeats, None)
     multiple = isinstance(source, (list, tuple)) and len(source) > 0
@@ -95,11 +102,17 @@ def _read_row(index: int, where: str, given: Any, d: Config) -> Row:
         raise row.error(f"`repeats` must be an integer of at least 1, got {repeats!r}")
     if not isinstance(args, (list, tuple)) or not args:
         raise row.error(f"the arguments must be a list, [{_accepted(layer)}], got {args!r}")
-    *values, last = [_value(argument, d) for argument in args]
+    *values, last = [value_of(argument, d) for argument in args]
     kwargs = last if isinstance(last, dict) else {}
     values = values if isinstance(last, dict) else [*values, last]
     if any(isinstance(value, dict) for value in values) or not all(isinstance(key, str) for key in kwargs):
         raise row.error("keywords are one mapping, {name: value}, at the end of the arguments")
+    if layer.outputs == "list":
+        row = Row(index, where, given, row.source, repeats, layer, tuple(values), kwargs)
+        if repeats != 1:
+            raise row.error(f"{layer.name} is a whole trunk; its `repeats` must be 1, got {repeats!r}")
+        _check_types(row, bind(row, 1, 0, 1))
+        return row
     c2, *rest = values or [kwargs.pop("c2", None)]
     if type(c2) is not int or c2 < 1:
         raise row.error(f"the first argument, c2, is the number of output channels, an integer of at least 1, got {c2!r}")
@@ -120,18 +133,18 @@ def _hints(layer: Layer) -> dict[str, Any]:
         return {}
 
 
-def _value(given: Any, d: Config) -> Any:
+def value_of(given: Any, d: Config) -> Any:
     """An argument as Ultralytics reads it: a string that is a literal is that literal, one that names a key of the YAML is
     its value.
     """
     if isinstance(given, dict):
-        return {key: _value(value, d) for key, value in given.items()}
+        return {key: value_of(value, d) for key, value in given.items()}
     if isinstance(given, (list, tuple)):
-        return tuple(_value(value, d) for value in given)
+        return tuple(value_of(value, d) for value in given)
     if not isinstance(given, str):
         return given
     if given in d:
-        return _value(d[given], {})
+        return value_of(d[given], {})
     try:
         return ast.literal_eval(given)
     except (ValueError, SyntaxError):
@@ -141,26 +154,26 @@ def _value(given: Any, d: Config) -> Any:
 def bind(row: Row, c1: int | list[int], c2: int, n: int) -> inspect.BoundArguments:
     """The constructor's arguments by name; ValueError for a count or a keyword that it does not take."""
     assert row.layer is not None
-    inside = (n,) if row.layer.repeats == "inside" else ()
+    first = {"c1": c1, "c2": c2, "n": n}
     try:
-        return inspect.signature(row.layer.cls).bind(c1, c2, *inside, *row.args, **row.kwargs)
+        return inspect.signature(row.layer.cls).bind(*(first[name] for name in row.layer.leading), *row.args, **row.kwargs)
     except TypeError as error:
         given = ", ".join(map(repr, row.args)) + "".join(f", {key}: {value!r}" for key, value in row.kwargs.items())
-        raise row.error(
-            f"{row.layer.name} takes [{_accepted(row.layer)}], got c2={row.c2} and {given or 'nothing'} ({error})"
-        ) from None
+        got = f"{given or 'nothing'}" if row.is_trunk else f"c2={row.c2} and {given or 'nothing'}"
+        raise row.error(f"{row.layer.name} takes [{_accepted(row.layer)}], got {got} ({error})") from None
 
 
 def _accepted(layer: Layer) -> str:
     """The arguments that a row of this layer takes: `c2, k=3, s=1, act=True`."""
-    return ", ".join(["c2", *(str(parameter.replace(annotation=parameter.empty)) for parameter in layer.parameters)])
+    given = [str(parameter.replace(annotation=parameter.empty)) for parameter in layer.parameters]
+    return ", ".join(["c2"] * ("c2" in layer.leading) + given)
 
 
 def _check_types(row: Row, bound: inspect.BoundArguments) -> None:
     """Refuse a value of another type than the constructor's annotation names, where that is a plain one."""
     assert row.layer is not None
     hints = _hints(row.layer)
-    for name, value in list(bound.arguments.items())[2:]:
+    for name, value in list(bound.arguments.items())[len(row.layer.leading) :]:
         if not _fits(value, hints.get(name, Any)):
             wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else hints[name]
             raise row.error(f"{row.layer.name}: {name} must be of type {wanted}, got {value!r}")
@@ -216,11 +229,11 @@ def is_stock(name: Any) -> bool:
 
 def unknown(name: Any) -> str:
     modules = [key for key, value in vars(tasks).items() if isinstance(value, type) and issubclass(value, nn.Module)]
-    near = difflib.get_close_matches(str(name), dict.fromkeys([*LAYERS, *modules]), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), dict.fromkeys([*KNOWN, *modules]), n=3, cutoff=0.6)
     return (
         f"unknown layer {name!r}. "
         + (f"Did you mean {' or '.join(near)}? " if near else "")
-        + f"Layers of this package are {', '.join(sorted(LAYERS))}; make your own known with rep_backbones.register_layer."
+        + f"Layers of this package are {', '.join(sorted(KNOWN))}; make your own known with rep_backbones.register_layer."
     )
 
 

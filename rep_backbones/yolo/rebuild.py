@@ -25,7 +25,7 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv, Detect
 
-from rep_backbones.registry import LAYERS
+from rep_backbones.registry import KNOWN
 from rep_backbones.yolo.allowed import MODEL_PACKAGES, layer_packages, module_class, within
 from rep_backbones.yolo.plain_data import MAX_DEPTH, MAX_VALUES, BoundMethod, Refused, Stored, StoredTensor, describe, plain
 from rep_backbones.yolo.safe_yaml import validated
@@ -118,7 +118,7 @@ def parse(config: dict[str, Any]) -> tuple[nn.Sequential, list[int]]:
             with torch.device("meta"):
                 return parser(copy.deepcopy(config), channels, False)
         except Exception as error:  # a layer's constructor may raise anything, and ours are named in a ValueError
-            own = any(row[2] in LAYERS for row in config["backbone"] + config["head"])
+            own = any(row[2] in KNOWN for row in config["backbone"] + config["head"])
             if not own or "meta tensor" not in str(error):  # a layer of the user's may need numbers while it is built
                 raise
             return parser(copy.deepcopy(config), channels, False)

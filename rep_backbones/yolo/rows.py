@@ -22,6 +22,7 @@ from ultralytics.nn.modules import Conv
 from ultralytics.utils import LOGGER
 
 from rep_backbones.yolo import expanding
+from rep_backbones.yolo.indexing import indexed
 from rep_backbones.yolo.reading import Config, Row, bind, is_stock, make, read_rows, unknown
 
 Parser = Callable[..., tuple[nn.Sequential, list[int]]]
@@ -80,6 +81,7 @@ def _first_failing(stock: Parser, d: Config, rows: list[Row], ch: int) -> Row | 
 
 
 def _parse(stock: Parser, d: Config, rows: list[Row], ch: int, verbose: bool) -> tuple[nn.Sequential, list[int]]:
+    rows = indexed(rows, d, ch)
     own = [row for row in rows if row.layer]
     probes = sorted({source for row in own if isinstance(row.source, list) for source in row.sources})
     config = _with_stand_ins(d, rows, probes)
@@ -114,7 +116,7 @@ def _with_stand_ins(d: Config, rows: list[Row], probes: list[int]) -> Config:
             stock_rows.append(deepcopy(row.given))
             continue
         # up to 8.4.100 a c2 that happens to equal nc is not scaled; the parser rounds up, so a hair less is the same
-        c2: float = row.c2 - 1e-9 if row.c2 == d.get("nc") else row.c2
+        c2: float = row.c2 - 1e-9 if row.c2 == d.get("nc") else row.c2 or 8
         name, args = ("C3k2", [c2, False]) if lighter else ("Conv", [c2])
         lighter = False  # one such row decides the head
         source = row.source if isinstance(row.source, int) else row.source[0]
@@ -162,7 +164,8 @@ def _build(row: Row, stand_in: nn.Module, widths: dict[int, int]) -> tuple[nn.Mo
             blocks += [make(cls, after) for _ in range(n - 1)]
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError, LookupError) as error:
         reason = str(error) or type(error).__name__
-        raise row.error(f"{row.layer.name} cannot be made with c1={c1}, c2={c2} after scaling: {reason}") from error
+        channels = f"c1={c1}" if row.is_trunk else f"c1={c1}, c2={c2} after scaling"
+        raise row.error(f"{row.layer.name} cannot be made with {channels}: {reason}") from error
     layer = blocks[0] if len(blocks) == 1 else nn.Sequential(*blocks)
     layer.i, layer.f, layer.type = row.index, row.source, str(cls)[8:-2].replace("__main__.", "")  # type: ignore[assignment]
     layer.np = sum(parameter.numel() for parameter in layer.parameters())  # type: ignore[assignment]

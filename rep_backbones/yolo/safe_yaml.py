@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from ultralytics.nn import tasks
 
-from rep_backbones.registry import LAYERS
+from rep_backbones.registry import KNOWN
 from rep_backbones.yolo import expanding
 from rep_backbones.yolo.allowed import within
 from rep_backbones.yolo.plain_data import Refused, plain
@@ -135,7 +135,7 @@ def _check_row(index: int, row: Any) -> None:
         raise Refused(f"row {index} of the model's YAML ({name}) has the arguments {args!r}; accepted is a list")
     _check_layer(index, name)
     for arg in args:
-        _check_argument(f"row {index} of the model's YAML ({name})", arg, own=name in LAYERS)
+        _check_argument(f"row {index} of the model's YAML ({name})", arg, own=name in KNOWN)
 
 
 def _check_layer(index: int, name: Any) -> None:
@@ -145,7 +145,7 @@ def _check_layer(index: int, name: Any) -> None:
         raise Refused(f"{where}; accepted is the name of a layer")
     if name in FETCHES:
         raise Refused(f"{where}: {FETCHES[name]}")
-    if name in LAYERS:
+    if name in KNOWN:
         return
     if name.startswith("nn."):
         found, package = getattr(nn, name[3:], None), "torch.nn.modules"
@@ -154,7 +154,7 @@ def _check_layer(index: int, name: Any) -> None:
     if isinstance(found, type) and issubclass(found, nn.Module) and within(found.__module__, (package,)):
         return
     stock = [key for key, value in vars(tasks).items() if isinstance(value, type) and issubclass(value, nn.Module)]
-    near = difflib.get_close_matches(name, [*LAYERS, *stock], n=3)
+    near = difflib.get_close_matches(name, [*KNOWN, *stock], n=3)
     hint = f"; near names: {', '.join(near)}" if near else ""
     raise Refused(
         f"{where}, which is not a layer of ultralytics.nn.modules or torch.nn, and is not registered{hint}",

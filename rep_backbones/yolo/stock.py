@@ -10,6 +10,7 @@ each: its parts are put in an empty shell of that class. Ultralytics' restricted
     PoolPyramid  SPPF              cv2(cat(y, m(y), m(m(y)), m(m(m(y))))), y = cv1(x)
     Gate         ChannelAttention  x * act(fc(pool(x)))
     Scale        nn.BatchNorm2d    mean 0, variance 1, eps 0, weight alpha
+    Stages       TorchVision       with split: a list of x and the output of each of m, one after the other
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.nn.modules import C2, C3, SPPF, ChannelAttention, Conv, DWConv, RepC3
+from ultralytics.nn.modules import C2, C3, SPPF, ChannelAttention, Conv, DWConv, RepC3, TorchVision
 
+from rep_backbones.backbones import Stages
 from rep_backbones.containers import Concat, Gate, PoolPyramid, Residual, Scale, Split
 from rep_backbones.fuse import fuse
 
@@ -71,9 +73,7 @@ def _stock(module: nn.Module) -> nn.Module:
             module._modules[name] = new
     if not _is_ours(module):
         return module
-    make = STOCK.get(type(module))
-    if make is None and isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        make = _sequential
+    make = STOCK.get(type(module)) or SERIES.get(type(module).forward)
     return _placed(make(module), module) if make else module
 
 
@@ -110,6 +110,12 @@ def _scale(module: Any) -> nn.Module:
     return norm.requires_grad_(module.alpha.requires_grad)
 
 
+def _stages(module: nn.Module) -> nn.Module:
+    shell = _shell(TorchVision, m=_sequential(module))
+    shell.split = True  # type: ignore[assignment]
+    return shell
+
+
 def _sequential(module: nn.Module) -> nn.Module:
     plain = nn.Sequential()
     for name, child in module.named_children():
@@ -126,6 +132,8 @@ STOCK: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Gate: _gate,
     Scale: _scale,
 }
+# likewise of subclasses that only make their children, by the forward that they share
+SERIES: dict[Any, Callable[[Any], nn.Module]] = {nn.Sequential.forward: _sequential, Stages.forward: _stages}
 
 
 def _shell(cls: type[nn.Module], **parts: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from rep_backbones.registry import LAYERS
+from rep_backbones.registry import KNOWN
 from rep_backbones.yolo.allowed import within
 from rep_backbones.yolo.plain_data import Refused
 
@@ -28,7 +28,7 @@ def load(named: Sequence[str | os.PathLike[str]]) -> list[str]:
     notes = []
     for given in [os.fspath(path) for path in named]:
         name = _from_file(Path(given)) if given.endswith(".py") else _by_name(given)
-        if not any(within(layer.cls.__module__, (name,)) for layer in LAYERS.values()):
+        if not any(within(layer.cls.__module__, (name,)) for layer in KNOWN.values()):
             notes.append(f"{given} registers no layer; rep_backbones.register_layer(cls) makes one known to YAMLs and files")
     return notes
 

@@ -18,6 +18,8 @@ from ultralytics.nn.modules import C3
 from yolo_helpers import noise, randomize_norms
 
 import rep_backbones
+from rep_backbones import list_backbones
+from rep_backbones.registry import TRUNKS
 from rep_backbones.rules import multi_branch
 from rep_backbones.yolo import expanding, names, reading
 from rep_backbones.yolo.proof import exported_form, named
@@ -52,6 +54,9 @@ BUILT = [
     *YOLOV7,
     *(f"{stem}-n.yaml" for stem in OF_LINEAGE),
     "efficientrep-qa-n.yaml",
+    "repvgg-a0.yaml",
+    "repvgg-a0-cls.yaml",
+    "mobileone-s0.yaml",
     "yolo11n-repconv.yaml",
     "yolo11n-expand.yaml",
     *(["yolo26n-expand.yaml"] if HAS_YOLO26 else []),
@@ -66,19 +71,28 @@ def on_paper(name):
 
 @cache
 def numbers_on_paper(name):
-    """All parameters, and layers with branches; a model that is kept slows down every test after it."""
+    """All parameters, layers with branches, and parameters of the first row; a model that is kept slows down every test
+    after it.
+    """
     layers = on_paper(name)
-    assert type(layers[-1]).__name__ == "Detect" and layers[-1].legacy is False
-    return numbers([layers]), len(multi_branch(layers))
+    head = layers[-1]
+    assert type(head).__name__ == ("Classify" if name.endswith("-cls.yaml") else "Detect")
+    assert getattr(head, "legacy", False) is False
+    return numbers([layers]), len(multi_branch(layers)), numbers(layers[:1])
 
 
 def narrow(name):
-    """A detector of the same rows, narrow and shallow."""
+    """A model of the same rows, narrow and shallow."""
     torch.manual_seed(0)
     config = tasks.yaml_model_load(name)
     config["scale"] = config.get("scale") or "n"
     config.setdefault("scales", {})[config["scale"]] = [0.33, 0.125, 1024]
-    return tasks.DetectionModel(config, verbose=False)
+    for row in config["backbone"]:
+        if row[2] in TRUNKS:
+            row[3] = [*row[3], {"width": 0.125, "depth": 0.25}]
+    model = (tasks.ClassificationModel if name.endswith("-cls.yaml") else tasks.DetectionModel)(config, verbose=False)
+    model.task = tasks.guess_model_task(model)
+    return model
 
 
 def is_plain(name):
@@ -115,6 +129,22 @@ def test_parameters_of_the_lineage_are_those_known(name):
     assert numbers(on_paper(name)[: len(tasks.yaml_model_load(name)["backbone"])]) == LINEAGE[name]
 
 
+TRUNK_NAMES = [name for name in PACKAGED if name.startswith(("repvgg-", "mobileone-"))]
+
+
+def test_every_variant_has_its_name():
+    known = [*list_backbones("repvgg_*"), *list_backbones("mobileone_*")]
+    detectors = {name.replace("_", "-") + ".yaml" for name in known}
+    assert set(TRUNK_NAMES) == detectors | {f"{name.replace('_', '-')}-cls.yaml" for name in list_backbones("repvgg_*")}
+
+
+@pytest.mark.parametrize("name", TRUNK_NAMES)
+def test_trunks_are_the_published_ones(name):
+    with torch.device("meta"):
+        backbone = rep_backbones.create_backbone(name.removesuffix(".yaml").removesuffix("-cls").replace("-", "_"), 0)
+    assert numbers_on_paper(name)[2] == numbers([backbone])
+
+
 @pytest.mark.parametrize("name", PACKAGED)
 def test_every_name_parses_at_its_scale(name):
     config = tasks.yaml_model_load(name)
@@ -138,7 +168,7 @@ def test_models_build_by_name(name, monkeypatch):
     # what the numbers are is of no account here, and drawing 60 million of them takes seconds
     monkeypatch.setattr(torch.nn.modules.conv._ConvNd, "reset_parameters", lambda self: None)
     model = YOLO(name).model
-    assert [int(stride) for stride in model.stride] == [8, 16, 32]
+    assert model.task == "classify" or [int(stride) for stride in model.stride] == [8, 16, 32]
     assert model.yaml["yaml_file"] == name and model.training
 
 
@@ -147,6 +177,8 @@ def test_every_file_trains_a_step_and_fuses_to_one_convolution_each(name):
     model, x = narrow(name), noise()
     model.args = get_cfg()
     objects = {"cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.5), "batch_idx": torch.arange(2.0)}
+    if model.task == "classify":
+        objects = {"cls": torch.zeros(2, dtype=torch.long)}
     model.loss({"img": x, **objects})[0].sum().backward()
     trained = {path: p.grad for path, p in model.named_parameters() if p.requires_grad}
     assert not [path for path, grad in trained.items() if grad is None or not grad.isfinite().all()]

@@ -1,7 +1,8 @@
 """Model YAMLs by name: where a file is found, and which scale its name asks for.
 
-`efficientrep-s.yaml` is a file of that name, else `efficientrep.yaml` with its scale `s`. What the user has beside the name
-given comes before what this package carries. Ultralytics finds a scale only in names of the form yolo + digits + letter.
+`efficientrep-s.yaml` is a file of that name, else `efficientrep.yaml` with its scale `s`; `repvgg-a0-cls.yaml` likewise is
+`repvgg-cls.yaml` with its scale `a0`. What the user has beside the name given comes before what this package carries.
+Ultralytics finds a scale only in names of the form yolo + digits + letter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from ultralytics.utils import YAML
 
 SUFFIXES = (".yaml", ".yml")
+TASKS = ("-cls", "-seg", "-pose", "-obb")  # endings of names, by which Ultralytics tells the task
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -37,7 +39,7 @@ def packaged() -> list[str]:
     for file in _yaml_files(cfg_folder()):
         model = _model(file)
         if "backbone" in model:
-            scaled = {f"{file.stem}-{scale}" for scale in _scales(model) if not file.stem.endswith(f"-{scale}")}
+            scaled = {_scaled(file.stem, scale) for scale in _scales(model) if not file.stem.endswith(f"-{scale}")}
             names |= {f"{stem}{file.suffix}" for stem in scaled or {file.stem}}
     return sorted(names)
 
@@ -46,7 +48,8 @@ def find(path: str | Path) -> Found | None:
     """The model YAML that `path` names, or None where neither the user nor this package has it.
 
     Args:
-        path: a file, or the name of one of this package's YAMLs; the stem may end in "-" and a key of the file's `scales`.
+        path: a file, or the name of one of this package's YAMLs; the stem may have "-" and a key of the file's `scales` at
+            its end, or in front of another part.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -72,12 +75,20 @@ def _in_folder(folder: Path, path: Path) -> Found | None:
     file = folder / path.name
     if file.is_file():
         return Found(file, _last_scale(file.stem, _model(file)))
-    base, dash, scale = path.stem.rpartition("-")
-    for suffix in (path.suffix, *SUFFIXES) if dash and base else ():
-        file = folder / f"{base}{suffix}"
-        if file.is_file() and scale in _scales(_model(file)):
-            return Found(file, scale)
+    parts = path.stem.split("-")
+    for place in range(len(parts) - 1, 0, -1):
+        base = "-".join(parts[:place] + parts[place + 1 :])
+        for suffix in (path.suffix, *SUFFIXES):
+            file = folder / f"{base}{suffix}"
+            if file.is_file() and parts[place] in _scales(_model(file)):
+                return Found(file, parts[place])
     return None
+
+
+def _scaled(stem: str, scale: str) -> str:
+    """The name of a file's scale: at the end, but in front of a task."""
+    task = next((ending for ending in TASKS if stem.endswith(ending)), "")
+    return f"{stem.removesuffix(task)}-{scale}{task}"
 
 
 def _last_scale(stem: str, model: dict[str, Any]) -> str:

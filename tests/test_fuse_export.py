@@ -29,7 +29,10 @@ from rep_backbones.rules import multi_branch
 from rep_backbones.yolo.fuse_export_cli import main
 
 ROOT = Path(__file__).parent.parent
-MODELS = sorted(path.stem for path in (ROOT / "cfg").glob("*.yaml"))
+MODELS = [  # those of four levels are large, and of the operators of the others
+    pytest.param(path.stem, marks=pytest.mark.slow if path.stem.startswith("efficientrep6") else ())
+    for path in sorted((ROOT / "cfg").glob("*.yaml"))
+]
 
 
 def saved(folder: Path, task: str = "detect", rows: str = "mixed", name: str = "best.pt", loud: bool = False) -> Path:

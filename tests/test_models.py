@@ -32,6 +32,13 @@ YOLOV6 = {
     "efficientrep-m.yaml": (25_716_780, 8_243_052),
     "efficientrep-l.yaml": (38_472_533, 14_490_520),
 }
+# of the same for 1280 pixels: width, bins of the authors' head for each side of a box, and published millions of parameters
+YOLOV6_P6 = {
+    "efficientrep6-n.yaml": (0.25, 0, 10.4),
+    "efficientrep6-s.yaml": (0.5, 0, 41.4),
+    "efficientrep6-m.yaml": (0.75, 16, 79.6),
+    "efficientrep6-l.yaml": (1.0, 16, 140.4),
+}
 # YOLOv7, likewise: all rows before the head
 YOLOV7 = {"yolov7-tiny.yaml": 5_997_856, "yolov7.yaml": 37_162_400, "yolov7x.yaml": 70_772_424}
 # torchvision's ResNets without their linear layer, the plain one without the three projections of ResNet-34 too; the
@@ -45,12 +52,22 @@ LINEAGE = {
     "cspdarknet-weighted-l.yaml": 23_958_400 + 42,
 }
 # networks that train without branches
-PLAIN = {"efficientrep-l", "yolov7-tiny", "yolov7x", "plain34", "resnet34", "resnet50", "resnet50-weighted"}
+PLAIN = {
+    "efficientrep-l",
+    "efficientrep6-l",
+    "yolov7-tiny",
+    "yolov7x",
+    "plain34",
+    "resnet34",
+    "resnet50",
+    "resnet50-weighted",
+}
 OF_LINEAGE = ("plain34", "plain34-repvgg", "resnet34", "resnet50", "resnet50-weighted", "cspdarknet", "cspdarknet-weighted")
 HAS_YOLO26 = (Path(ultralytics.__file__).parent / "cfg" / "models" / "26").is_dir()
 PACKAGED = [name for name in names.packaged() if HAS_YOLO26 or not name.startswith("yolo26")]
 BUILT = [
     *YOLOV6,
+    *YOLOV6_P6,
     *YOLOV7,
     *(f"{stem}-n.yaml" for stem in OF_LINEAGE),
     "efficientrep-qa-n.yaml",
@@ -119,6 +136,18 @@ def test_parameters_are_those_published(name):
     assert (numbers(layers[:trunk]), numbers(layers[trunk:-1])) == YOLOV6[name]
 
 
+@pytest.mark.parametrize(
+    "name", [*list(YOLOV6_P6)[:2], *(pytest.param(n, marks=pytest.mark.slow) for n in list(YOLOV6_P6)[2:])]
+)
+def test_deployed_with_the_authors_head_it_has_the_published_parameters(name):
+    width, bins, published = YOLOV6_P6[name]
+    layers = tasks.parse_model(deepcopy(tasks.yaml_model_load(name)), ch=3, verbose=False)[0]
+    total = numbers(rep_backbones.fuse(layers[:-1].eval()))
+    for c in (int(c * width) for c in (128, 256, 512, 1024)):  # a 1x1, two 3x3, and the 1x1 of 80 classes and of four sides
+        total += (c + 1) * c + 2 * (9 * c + 1) * c + (c + 1) * (80 + 4 * (bins + 1))
+    assert round(total / 1e6, 1) == published
+
+
 @pytest.mark.parametrize("name", YOLOV7)
 def test_parameters_of_yolov7_are_those_published(name):
     assert numbers(on_paper(name)[:-1]) == YOLOV7[name]
@@ -159,7 +188,7 @@ def test_scales_differ():
 
 
 def test_every_file_is_built_here():
-    built = {names.find(name.replace("1n-", "1-").replace("6n-", "6-")).file for name in BUILT}
+    built = {names.find(name.replace("o11n-", "o11-").replace("o26n-", "o26-")).file for name in BUILT}
     assert built == {names.find(name).file for name in PACKAGED}
 
 
@@ -168,7 +197,8 @@ def test_models_build_by_name(name, monkeypatch):
     # what the numbers are is of no account here, and drawing 60 million of them takes seconds
     monkeypatch.setattr(torch.nn.modules.conv._ConvNd, "reset_parameters", lambda self: None)
     model = YOLO(name).model
-    assert model.task == "classify" or [int(stride) for stride in model.stride] == [8, 16, 32]
+    strides = [8, 16, 32, 64][: 4 if name in YOLOV6_P6 else 3]
+    assert model.task == "classify" or [int(stride) for stride in model.stride] == strides
     assert model.yaml["yaml_file"] == name and model.training
 
 

@@ -11,6 +11,10 @@ def _yolov6(backbone: str, neck: str, ap: float, fps: int) -> str:
     return f"backbone {backbone} and neck {neck} parameters; AP {ap}, {fps} FPS on a T4 in FP16"
 
 
+def _yolov6_p6(parameters: str, ap: float) -> str:
+    return f"{parameters} parameters deployed with the authors' head; AP {ap} at 1280 pixels"
+
+
 def _classifier(training: str, deployed: str, top1: str = "") -> str:
     return f"as a classifier {training} → {deployed} parameters" + (f", top-1 {top1}" if top1 else "")
 
@@ -22,6 +26,10 @@ PUBLISHED = {
     "efficientrep-s": _yolov6("13,712,960", "4,759,488", 45.0, 339),
     "efficientrep-m": _yolov6("25,716,780", "8,243,052", 50.0, 175),
     "efficientrep-l": _yolov6("38,472,533", "14,490,520", 52.8, 98),
+    "efficientrep6-n": _yolov6_p6("10.4 M", 44.9),
+    "efficientrep6-s": _yolov6_p6("41.4 M", 50.3),
+    "efficientrep6-m": _yolov6_p6("79.6 M", 55.2),
+    "efficientrep6-l": _yolov6_p6("140.4 M", 57.2),
     # Wang et al., "YOLOv7", CVPR 2023; in training form
     "yolov7-tiny": "5,997,856 parameters before the head",
     "yolov7": "37,162,400 parameters before the head; AP 51.4",

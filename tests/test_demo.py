@@ -110,7 +110,7 @@ def test_classes_of_another_data_set_are_told(drawn: Path) -> None:
 def test_boxes_are_in_the_pixels_of_the_picture(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "wide.png"), np.zeros((100, 200, 3), np.uint8))
     middle = torch.tensor([[[48.0], [48.0], [96.0], [48.0], [0.9]]])  # the whole picture, letterboxed to 96 x 96
-    assert next(detections(lambda x: middle, tmp_path / "wide.png", 96))[:4] == pytest.approx([0, 0, 200, 100], abs=1)
+    assert next(detections(lambda x: middle, tmp_path / "wide.png", 96, nc=1))[:4] == pytest.approx([0, 0, 200, 100], abs=1)
 
 
 def test_gallery_draws_every_box(drawn: Path, tmp_path: Path) -> None:

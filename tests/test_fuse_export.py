@@ -99,10 +99,10 @@ def test_artefacts_serve_the_stock_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "options"),
     [
-        ("segment", []),
-        ("pose", []),
-        ("obb", []),
-        ("classify", []),
+        ("segment", ["--nms"]),
+        ("pose", ["--nms"]),
+        ("obb", ["--nms"]),
+        ("classify", ["--half"]),
         ("detect", ["--dynamic", "--batch", "2"]),
         ("detect", ["--half"]),
         ("detect", ["--nms"]),
@@ -111,7 +111,7 @@ def test_artefacts_serve_the_stock_commands(tmp_path: Path) -> None:
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "-",
 )
 def test_every_task_and_option(tmp_path: Path, task: str, options: list[str]) -> None:
-    weights = saved(tmp_path, task, loud=task == "detect")
+    weights = saved(tmp_path, task, loud=task != "classify")
     assert main([str(weights), *options]) == 0
     found = report(weights)
     assert found["artifacts"]["onnx"]["proved"]
@@ -120,7 +120,8 @@ def test_every_task_and_option(tmp_path: Path, task: str, options: list[str]) ->
     assert graph.half == ("--half" in options)
     if "--nms" in options:
         assert found["artifacts"]["onnx"]["outputs"][0]["name"] == "boxes"
-        assert graph(torch.rand(1, 3, 64, 64))[0].shape[2] == 6
+        rest = {"segment": 4, "pose": 3, "obb": 1}.get(task, 0)  # mask coefficients, a point with its score, an angle
+        assert graph(torch.rand(1, 3, 64, 64))[0].shape[2] == 6 + rest
     if "--dynamic" in options:
         assert [len(graph(torch.rand(n, 3, 96, 64))[0]) for n in (1, 2)] == [1, 2]
 

@@ -23,7 +23,10 @@ from rep_backbones.export.files import replacing
 from rep_backbones.yolo.dataset import DataSet
 from rep_backbones.yolo.pictures import pictures
 
-# (n, 3, h, w) in [0, 1] -> (n, 4 + nc, anchors), boxes as centre and size, and scores; or final rows (n, k, 6)
+TASKS = ("detect", "segment")  # whose first outputs are upright boxes, and whose labels `dataset` reads
+
+# (n, 3, h, w) in [0, 1] -> (n, 4 + nc + rest, anchors), boxes as centre and size, scores, and what else the task has; or
+# final rows (n, k, 6 + rest)
 Predict = Callable[[Tensor], Tensor]
 Found = np.ndarray[Any, Any]  # (rows, 7): picture, x, y, width, height, score, category
 
@@ -40,6 +43,23 @@ class AP:
     small: float | None = None
     medium: float | None = None
     large: float | None = None
+
+
+def refuse_other_tasks(task: str, what: str, file: str) -> None:
+    """Raise for a task without boxes that can be measured here.
+
+    Args:
+        what: the option or tool that was asked for.
+        file: an artefact, for the command that can measure it.
+
+    Raises:
+        ValueError: the task is none of TASKS.
+    """
+    if task not in TASKS:
+        raise ValueError(
+            f"{what} measures the AP of upright boxes, for models of the tasks {' and '.join(TASKS)}; this is one of the "
+            f"task {task}. Ultralytics has the metrics of that: yolo {task} val model={file} data=..."
+        )
 
 
 def coco_ap(
@@ -66,7 +86,8 @@ def found_in(
     category = data.categories(names)
     rows: list[Found] = [np.empty((0, 7))]
     for picture in tqdm(data.pictures, desc=title, disable=not title, unit="picture"):
-        kept = [found for found in detections(predict, picture.path, size) if int(found[5]) in category]
+        found = detections(predict, picture.path, size, nc=len(names))
+        kept = [row for row in found if int(row[5]) in category]
         if kept:
             x1, y1, x2, y2, score, kind = np.array(kept).T
             of = np.array([category[int(k)] for k in kind])
@@ -108,18 +129,24 @@ def save(found: Found, path: Path) -> None:
 
 
 def detections(
-    predict: Predict, picture: Path, size: int | tuple[int, int], confidence: float = 0.001
+    predict: Predict, picture: Path, size: int | tuple[int, int], confidence: float = 0.001, *, nc: int
 ) -> Iterator[list[float]]:
-    """What is detected in a picture: x1, y1, x2, y2 in its own pixels, score and class index."""
+    """What a detector of `nc` classes finds in a picture: x1, y1, x2, y2 in its own pixels, score and class index."""
     boxed = (size, size) if isinstance(size, int) else size
     batch = pictures(boxed, paths=[picture])
     shape = np.asarray(cv2.imread(str(picture))).shape[:2]
     with torch.no_grad():
         output = predict(batch)
-        final = output.dim() == 3 and output.shape[2] == 6 and output.shape[1] != 6  # rows of NMS or of an end-to-end head
-        if final:
+        if _final(output):
             found = output[0][output[0][:, 4] > confidence]
         else:
-            found = non_max_suppression(output, conf_thres=confidence, iou_thres=0.7, max_det=300)[0]
+            found = non_max_suppression(output, conf_thres=confidence, iou_thres=0.7, max_det=300, nc=nc)[0]
     found[:, :4] = torch.as_tensor(scale_boxes(boxed, found[:, :4], shape))
     yield from found[:, :6].tolist()
+
+
+def _final(output: Tensor) -> bool:
+    """Whether these are rows of NMS or of an end-to-end head: the sixth column has classes then, which are whole numbers,
+    and else all that is predicted for the sixth anchor.
+    """
+    return output.shape[2] >= 6 and bool((output[0, :, 5] == output[0, :, 5].round()).all())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rep_backbones.export.files import replacing, writable_folder
 from rep_backbones.yolo import backends, checkpoint, user_code
-from rep_backbones.yolo.coco_ap import AP, evaluate, found_in, save
+from rep_backbones.yolo.coco_ap import AP, evaluate, found_in, refuse_other_tasks, save
 from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.dataset import SPLITS, DataSet, open_data
 from rep_backbones.yolo.switches import no_downloads, no_installs, quiet
@@ -37,16 +37,19 @@ def opened(path: Path, *, trust: bool = False, device: str = "cpu") -> Form:
     """The artefact at `path`.
 
     Raises:
-        Refused, ValueError: as `checkpoint.load_precise` and `backends.runner`; for a file that does not name its classes.
+        Refused, ValueError: as `checkpoint.load_precise` and `backends.runner`; for a file that does not name its classes,
+            or is of a task without upright boxes.
         MissingBackend: what runs it is not installed.
     """
     if path.suffix == ".pt":
         loaded = checkpoint.load_precise(path, trust=trust)
+        refuse_other_tasks(loaded.task, f"eval_coco of {path.name}", str(path))
         return Form(path, backends.model_predictor(loaded.model, device), loaded.names, _size(loaded.args.get("imgsz")))
     run = backends.runner(path, device=device)
     names = run.about.get("names")
     if not isinstance(names, Mapping) or not names:
         raise ValueError(f"{path} does not name its classes; give a file that tools/fuse_export.py or Ultralytics exported")
+    refuse_other_tasks(str(run.about.get("task", "detect")), f"eval_coco of {path.name}", str(path))
     return Form(
         path, lambda x: run(x)[0], {int(key): str(name) for key, name in names.items()}, _size(run.about.get("imgsz"))
     )

@@ -109,6 +109,8 @@ def run(
     target = writable_folder(out or file.parent)
     loaded = checkpoint.load_precise(file, trust=trust)
     _check_numbers(loaded)
+    if settings.nms and loaded.task == "classify":
+        raise ValueError("--nms suppresses boxes, and a classifier gives none; leave it out")
     data = with_data.opened(settings, loaded)
     if not settings.pictures:
         settings = replace(

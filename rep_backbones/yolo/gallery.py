@@ -41,7 +41,7 @@ def gallery(
             raise ValueError(f"{path} is not a picture that OpenCV reads")
         scale = np.array([tile[0] / picture.shape[1], tile[1] / picture.shape[0]] * 2)
         annotator = Annotator(np.ascontiguousarray(cv2.resize(picture, tile)), line_width=2, font_size=10)
-        for *box, score, kind in detections(predict, path, size, CONFIDENCE):
+        for *box, score, kind in detections(predict, path, size, CONFIDENCE, nc=len(names)):
             annotator.box_label(np.array(box) * scale, f"{names[int(kind)]} {score:.2f}", color=colors(int(kind), True))
             drawn += 1
         tiles.append(annotator.result())

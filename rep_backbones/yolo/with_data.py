@@ -11,14 +11,13 @@ from torch import nn
 
 from rep_backbones.export.onnx_model import OnnxModel
 from rep_backbones.yolo import artifacts, backends, devices
-from rep_backbones.yolo.coco_ap import Predict, coco_ap
+from rep_backbones.yolo.coco_ap import Predict, coco_ap, refuse_other_tasks
 from rep_backbones.yolo.dataset import DataSet, open_data
 
 if TYPE_CHECKING:
     from rep_backbones.yolo.checkpoint import Checkpoint
     from rep_backbones.yolo.fuse_export import Making, Settings
 
-TASKS = ("detect", "segment")  # whose first outputs are upright boxes
 INT8 = "onnx_int8"
 
 
@@ -34,10 +33,7 @@ def opened(settings: Settings, loaded: Checkpoint) -> DataSet | None:
         raise ValueError("--int8 and --half exclude each other: INT8 is made from FP32; run the command once for each")
     if settings.data is None:
         return None
-    if loaded.task not in TASKS:
-        raise ValueError(
-            f"--data measures the AP of boxes, which a {loaded.task} model has not; accepted are {', '.join(TASKS)}"
-        )
+    refuse_other_tasks(loaded.task, "--data", f"{loaded.path.stem}_deploy.onnx")
     if loaded.yaml.get("channels", 3) != 3:
         raise ValueError(f"--data reads pictures of 3 channels; the model takes {loaded.yaml['channels']}")
     data = open_data(Path(settings.data))

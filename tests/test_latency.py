@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rep_backbones.export.latency import Latency, measure
+from rep_backbones.export.latency import Latency, measure, measure_apart
 
 
 class Clock:
@@ -48,3 +48,30 @@ def test_the_budget_ends_it_but_each_call_is_timed_three_times(seconds: float, w
 def test_no_runs_are_refused() -> None:
     with pytest.raises(ValueError, match="runs=0"):
         measure({"a": int}, runs=0)
+    with pytest.raises(ValueError, match="runs=0"):
+        measure_apart({"a": lambda: int}, runs=0)
+
+
+def test_what_is_opened_apart_is_timed_in_turn_without_its_opening() -> None:
+    clock = Clock()
+    alive: list[str] = []
+
+    class Opened:
+        def __init__(self, name: str, call: object) -> None:
+            assert not alive, "one at a time"
+            alive.append(name)
+            clock.now += 100.0
+            self.call = call
+
+        def __call__(self) -> None:
+            self.call()  # type: ignore[operator]
+
+        def __del__(self) -> None:
+            alive.pop()
+
+    calls = {"a": clock.taking("a", 9.0, 0.003, 9.0, 0.001, 9.0, 0.002), "b": clock.taking("b", 0.020)}
+    openers = {name: lambda name=name: Opened(name, calls[name]) for name in calls}
+    found = measure_apart(openers, runs=3, clock=clock)  # type: ignore[arg-type]
+    assert clock.called == ["a", "a", "b", "b"] * 3
+    assert found["a"] == Latency(*(pytest.approx(ms) for ms in (2.0, 1.0, 3.0)), runs=3)
+    assert found["b"] == Latency(*(pytest.approx(ms) for ms in (20.0, 20.0, 20.0)), runs=3)

@@ -90,7 +90,7 @@ def test_a_model_of_a_task_is_made_of_any_yaml_here(tmp_path: Path) -> None:
 
 
 def speaking(folder: Path) -> Path:
-    """A segmenter whose boxes have two cells a side, so that NMS keeps many, and whose mask coefficients exceed its scores."""
+    """A segmenter with boxes of two cells a side, of which NMS keeps many, and mask coefficients larger than its scores."""
     weights = saved(folder, "segment", loud=True)
     content = torch.load(weights, weights_only=False)
     head = content["model"].model[-1]

@@ -257,6 +257,3 @@ def test_data_of_another_kind_is_refused(tmp_path: Path, data: Path, capsys: pyt
     weights = saved(tmp_path)
     assert main([str(weights), "--data", str(data)]) == 2
     assert "has the classes circle, square, triangle; the detector has" in capsys.readouterr().err
-    weights = saved(tmp_path, task="classify")
-    assert main([str(weights), "--data", str(data)]) == 2
-    assert "a classify model has not; accepted are detect, segment" in capsys.readouterr().err

@@ -150,9 +150,9 @@ def measured(models: Sequence[str], *, size: int | None, runs: int) -> str:
 
 
 def _family(name: str) -> str:
-    """The file that holds a model's rows, at whatever scale."""
-    found = names.find(name)
-    return found.file.stem if found else name
+    """What the scales of a model share, whether they are one file or several: efficientrep for efficientrep-n.yaml."""
+    stem = Path(name).stem
+    return stem.rpartition("-")[0] or stem
 
 
 def _sizes(rows: Sequence[Counted]) -> str:

@@ -3,11 +3,12 @@
     rep-yolo train model=efficientrep-n.yaml data=coco8.yaml epochs=10
     rep-yolo export model=best_deploy.pt format=onnx
 
-The grammar is that of `yolo`. Three keys more: `import=my_layers.py` (or `--import my_layers.py`, more than once if need be)
+The grammar is that of `yolo`. More keys: `import=my_layers.py` (or `--import my_layers.py`, more than once if need be)
 imports code of your own that registers layers; `trust=True` (or `--trust`) reads checkpoints, model YAMLs and data as `yolo`
 does, with the code that they hold; `train ... expand=DiverseBranchBlock` trains the model with branches beside its plain
-convolutions (or a mapping, `expand="{'block': 'MobileOneBlock', 'n': 2}"`). Exit status: 0 done, 1 it failed, 2 bad input,
-130 interrupted.
+convolutions (or a mapping, `expand="{'block': 'MobileOneBlock', 'n': 2}"`). `cfg=repvgg.yaml` names one of the recipes that
+this package carries; `decay=` and `wdf=` are keys of a training (see `training_keys`). Exit status: 0 done, 1 it failed, 2
+bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import ultralytics.engine.model
 from ultralytics.engine.model import Model
 from ultralytics.utils import YAML
 
-from rep_backbones.yolo import checkpoint, door, expand_key, user_code
+from rep_backbones.yolo import checkpoint, door, expand_key, recipes, training_keys, user_code
 from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.switches import no_installs, replaced
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, trust, imports = _without_our_keys(sys.argv[1:] if argv is None else argv)
         for note in user_code.load(imports):
             print(f"rep-yolo: note: {note}", file=sys.stderr)
-        run(expand_key.with_yaml(args, trust), trust=trust)
+        run(expand_key.with_yaml(recipes.with_file(args), trust), trust=trust)
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)
     except SystemExit as stop:
@@ -70,6 +71,11 @@ def run(args: Sequence[str], *, trust: bool = False) -> None:
             ultralytics.engine.model,
         ):  # the second saves pictures where the command is a `yolo predict`
             stack.enter_context(replaced(module, "ARGV", ["rep-yolo", *args]))
+        known = {
+            **ultralytics.cfg.DEFAULT_CFG_DICT,
+            **training_keys.DEFAULTS,
+        }  # to the command line; the trainer takes them out
+        stack.enter_context(replaced(ultralytics.cfg, "DEFAULT_CFG_DICT", known))
         stack.enter_context(replaced(Model, "_smart_load", _with_our_trainers(Model._smart_load)))
         stack.enter_context(no_installs())
         if not trust:

@@ -14,6 +14,7 @@ from typing import Any
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import USER_CONFIG_DIR, YAML
 
+from rep_backbones.export.files import replacing
 from rep_backbones.registry import layer_named
 from rep_backbones.yolo import checkpoint, expanding
 from rep_backbones.yolo.door import local
@@ -99,5 +100,6 @@ def _written(config: dict[str, Any], stem: str) -> Path:
     folder = Path(USER_CONFIG_DIR) / "expanded"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{family}expanded-{digest}.yaml"
-    YAML.save(file, config)
+    with replacing(file) as temporary:  # each process of a training on several GPUs writes it, and reads it at once
+        YAML.save(temporary, config)
     return file

@@ -3,7 +3,9 @@
     YOLO("efficientrep-n.yaml").train(data="coco8.yaml", trainer=RepTrainer)      # `rep-yolo train` takes TRAINERS[task]
 
 What such a run has more than a plain one: `branches.csv` and `branches.png`, `weights/best_fp32.pt` (the weights of best.pt
-before they were rounded to FP16) and `weights/best_deploy.pt`. It learns the same weights, bit for bit.
+before they were rounded to FP16) and `weights/best_deploy.pt`. It learns the same weights, bit for bit, unless the model has
+branch scales, which do not decay here, or a key of `training_keys` asks for another weight decay. In processes of torchrun
+it trains on all their machines (`machines`).
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
-from ultralytics.utils import LOGGER, RANK
+from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
+from rep_backbones import decay
 from rep_backbones.export.files import replacing
 from rep_backbones.rules import FoldError, multi_branch
-from rep_backbones.yolo import branch_log
+from rep_backbones.yolo import branch_log, machines, training_keys
 from rep_backbones.yolo.guard import refuse_fused, some
 
 __all__ = ["TRAINERS", "RepTrainer"]
@@ -43,9 +46,14 @@ class KeepsBranches(_Base):
     """What this package adds to a trainer of Ultralytics; put it in front of the task's trainer in the list of bases."""
 
     ema: Any  # ModelEMA, but None until training is set up
+    optimizer: Any  # likewise
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: Any = None, _callbacks: Any = None) -> None:
+        given, keys = training_keys.split(overrides)
+        super().__init__(cfg, machines.place(given), _callbacks)
+        self._keep(keys)
+        if machines.world_size() > 1:
+            self.world_size = machines.world_size()
         self._branch_log: branch_log.BranchLog | None = None
         self._branch_images: torch.Tensor | None = None
         self._branch_log_failed = False
@@ -80,6 +88,38 @@ class KeepsBranches(_Base):
             if self._branch_log and self.args.plots:
                 self._guarded(self._branch_log.plot)
             self._save_deploy()
+
+    # ---- weight decay, and several machines ----------------------------------------------------------------------------
+
+    def _keep(self, keys: dict[str, Any]) -> None:
+        """Our keys become arguments of the run, as if Ultralytics knew them; a resumed run has those of its checkpoint."""
+        if self.resume:
+            if ignored := [key for key, value in keys.items() if value != training_keys.of(self.args)[key]]:
+                LOGGER.warning(
+                    f"resuming: {', '.join(ignored)} of the checkpoint stay as they are; start a new run to change them"
+                )
+            return
+        vars(self.args).update(training_keys.changed(keys))
+        training_keys.check(training_keys.of(self.args))
+        file = self.save_dir / "args.yaml"
+        if RANK in {-1, 0} and training_keys.changed(keys):
+            YAML.save(file, {**YAML.load(file), **training_keys.changed(keys)})
+
+    def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().build_optimizer(model, *args, **kwargs)
+        decay.spare(optimizer, unwrap_model(model))
+        if training_keys.of(self.args)["decay"] == "equivalent":
+            decay.decay_equivalent(optimizer, unwrap_model(model))
+        return optimizer
+
+    def _model_train(self) -> None:
+        super()._model_train()
+        if (wdf := training_keys.of(self.args)["wdf"]) != 1:
+            training_keys.anneal(self.optimizer, wdf, self.epoch, self.epochs)
+
+    def _setup_ddp(self, *args: Any) -> None:
+        super()._setup_ddp(*args)
+        machines.share_folder(self)
 
     # ---- the FP32 weights ----------------------------------------------------------------------------------------------
 

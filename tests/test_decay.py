@@ -1,4 +1,4 @@
-"""Weight decay: none on norms and scales; on kernels that of the equivalent kernel, as a gradient in every optimizer step."""
+"""Weight decay: none on norms and scales; on kernels that of the equivalent kernel, as a gradient in each optimizer step."""
 
 from __future__ import annotations
 

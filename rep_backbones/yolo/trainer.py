@@ -105,6 +105,10 @@ class KeepsBranches(_Base):
         if RANK in {-1, 0} and training_keys.changed(keys):
             YAML.save(file, {**YAML.load(file), **training_keys.changed(keys)})
 
+    def get_validator(self) -> Any:
+        with training_keys.hidden(self.args):
+            return super().get_validator()
+
     def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().build_optimizer(model, *args, **kwargs)
         decay.spare(optimizer, unwrap_model(model))

@@ -13,7 +13,8 @@ can be resumed by Ultralytics alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch.optim import Optimizer
@@ -53,6 +54,16 @@ def of(args: Any) -> dict[str, Any]:
 def changed(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Those that differ from their defaults."""
     return {key: value for key, value in keys.items() if value != DEFAULTS[key]}
+
+
+@contextmanager
+def hidden(args: Any) -> Iterator[None]:
+    """Within the block the arguments are Ultralytics' alone: a copy of them may be checked for unknown keys."""
+    kept = {key: vars(args).pop(key) for key in DEFAULTS if key in vars(args)}
+    try:
+        yield
+    finally:
+        vars(args).update(kept)
 
 
 def anneal(optimizer: Optimizer, wdf: float, epoch: int, epochs: int) -> None:

@@ -226,6 +226,16 @@ def test_recipes_hold_what_ultralytics_and_our_trainer_accept(file: Path) -> Non
     assert not {"model", "data", "device", "project", "name"} & set(content), "the user's to choose"
 
 
+def test_the_page_names_every_recipe_and_key() -> None:
+    page = (ROOT / "docs" / "coco.md").read_text()
+    assert [file.name for file in RECIPES if f"`{file.name}`" not in page] == []
+    keys = {key for file in RECIPES for key in YAML.load(file)} - {"epochs", "imgsz"}
+    told = page + " ".join(
+        ["warmup_epochs warmup_momentum warmup_bias_lr hsv_h hsv_s hsv_v"] if "`warmup_*`" in page else []
+    )
+    assert [key for key in keys if key not in told] == []
+
+
 def test_golden_numbers() -> None:
     content = {file.stem: YAML.load(file) for file in RECIPES}
     assert (content["repvgg"]["decay"], content["repvgg"]["weight_decay"]) == ("equivalent", 0.0002)
@@ -347,8 +357,9 @@ def test_every_recipe_trains_its_family(tmp_path: Path, tiny_data: Path, name: s
     words = [f"{key}={value}" for key, value in extra.items()]
     words += [f"model={model}", f"cfg={name}.yaml", f"data={tiny_data}", f"project={tmp_path}", "name=run"]
     assert main(["train", *words, *QUIET, "epochs=1", "batch=4", "nbs=4", "close_mosaic=0", "amp=False"]) == 0
-    assert (tmp_path / "run" / "weights" / "best_deploy.pt").exists()
+    assert (tmp_path / "run" / "weights" / "best.pt").exists()
     args = YAML.load(tmp_path / "run" / "args.yaml")
-    assert {key: args.get(key) for key in ("lr0", "weight_decay", "optimizer", "decay", "wdf")} == {
-        key: content.get(key) for key in ("lr0", "weight_decay", "optimizer", "decay", "wdf")
-    }
+    same = ("lr0", "weight_decay", "optimizer", "mixup", "momentum")
+    assert {key: args[key] for key in same if key in content} == {key: content[key] for key in same if key in content}
+    ours = {key: content[key] for key in training_keys.DEFAULTS if key in content}
+    assert {key: args[key] for key in training_keys.DEFAULTS if key in args} == training_keys.changed(ours)

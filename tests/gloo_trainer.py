@@ -21,6 +21,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import strip_optimizer, unwrap_model
 
+from rep_backbones.yolo import machines
 from rep_backbones.yolo.trainer import KeepsBranches
 
 
@@ -67,7 +68,8 @@ def digest(model: nn.Module) -> str:
 def main() -> None:
     """Train, and leave what this process has in RESULT_FOLDER/rank<RANK>.json."""
     torch.set_num_threads(1)
-    trainer = GlooTrainer(overrides=json.loads(sys.argv[3]))
+    with mock.patch.object(machines, "devices", lambda given: given):  # which are GPUs
+        trainer = GlooTrainer(overrides=json.loads(sys.argv[3]))
     seen: list[str] = []
 
     def on_train_batch_start(trainer: Any) -> None:

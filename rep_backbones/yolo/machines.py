@@ -72,6 +72,8 @@ def share_folder(trainer: Any) -> None:
     """
     folder = [str(trainer.save_dir)]
     distributed.broadcast_object_list(folder, src=0)
+    if trainer.save_dir.name == f".rank{RANK}" and trainer.save_dir.is_dir():  # up to 8.4 it is made when it is named
+        trainer.save_dir.rmdir()
     trainer.save_dir = Path(folder[0])
     trainer.wdir = trainer.save_dir / "weights"
     trainer.last, trainer.best = trainer.wdir / "last.pt", trainer.wdir / "best.pt"

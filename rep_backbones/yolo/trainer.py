@@ -96,7 +96,7 @@ class KeepsBranches(_Base):
         if self.resume:
             if ignored := [key for key, value in keys.items() if value != training_keys.of(self.args)[key]]:
                 LOGGER.warning(
-                    f"resuming: {', '.join(ignored)} of the checkpoint stay as they are; start a new run to change them"
+                    f"resuming keeps the checkpoint's {' and '.join(ignored)}, not those given; start a new run to change it"
                 )
             return
         vars(self.args).update(training_keys.changed(keys))

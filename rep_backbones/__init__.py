@@ -8,6 +8,7 @@ from rep_backbones.rules import equivalent_conv
 from rep_backbones.verify import verify
 from rep_backbones.yolo.expanding import expand
 from rep_backbones.yolo.install import install
+from rep_backbones.yolo.pretrained import load_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "expand",
     "fuse",
     "list_backbones",
+    "load_weights",
     "register_layer",
     "verify",
 ]

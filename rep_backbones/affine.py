@@ -431,6 +431,14 @@ def batch_norm(bn: nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm) -> Affine
     return per_channel(factor, bias if bn.bias is None else bias + bn.bias)
 
 
+def gamma_for_eps(gamma: Tensor, variance: Tensor, eps: float, wanted: float) -> Tensor:
+    """The weight, `(c,)`, with which a norm of another eps computes the same in eval: its factor is kept, not its eps."""
+    if eps == wanted:
+        return gamma
+    exact = gamma.double() * ((variance.double() + wanted) / (variance.double() + eps)).sqrt()
+    return exact.to(gamma.dtype)
+
+
 def average_pool(
     channels: int, kernel: Pair, stride: Pair, padding: Pair = (0, 0), like: Tensor | None = None
 ) -> AffineConv:

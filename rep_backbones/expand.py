@@ -184,7 +184,7 @@ def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], opt
             "mode; take a block with one norm on that way, such as RepConv or DiverseBranchBlock"
         )
     for name, branch in others:
-        _silence(branch, f"{cls.__name__}'s branch {name}")
+        silence(branch, f"{cls.__name__}'s branch {name}")
     layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
     inner = norm if outer is None else None
     if inner is not None:
@@ -266,7 +266,7 @@ def _sum_and_norm(block: Block) -> tuple[nn.Module, nn.Module | None]:
     return part, None
 
 
-def _silence(branch: nn.Module, what: str) -> None:
+def silence(branch: nn.Module, what: str) -> None:
     """Start a branch at zero by its last norm or scale."""
     last = _last(branch)
     if isinstance(last, nn.BatchNorm2d):

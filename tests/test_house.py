@@ -17,7 +17,7 @@ PACKAGE = ROOT / "rep_backbones"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each room, and those that it may import; a later one may import all before it
 VERBS = "fuse verify pairs candidates expand decay"
-ARROWS = ("affine", "containers", "rules", "online", "registry", "blocks", "backbones", VERBS, "export", "yolo")
+ARROWS = ("affine", "containers", "rules", "online", "registry", "blocks", "backbones", VERBS, "weights", "export", "yolo")
 ALLOWED_BACK = {  # a room -> what else it may name, and why
     "registry": {"blocks"},
     "export": {"__version__"},

@@ -27,7 +27,7 @@ import ultralytics.engine.model
 from ultralytics.engine.model import Model
 from ultralytics.utils import YAML
 
-from rep_backbones.yolo import checkpoint, door, expand_key, recipes, training_keys, user_code
+from rep_backbones.yolo import checkpoint, door, expand_key, pretrained, recipes, training_keys, user_code
 from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.switches import no_installs, replaced
 
@@ -116,7 +116,7 @@ def _check_named_files(args: Sequence[str]) -> None:
         content = YAML.load(given["cfg"])
         values += [str(value) for value in content.values()] if isinstance(content, dict) else []
     for value in values:
-        if Path(value).suffix.lower() in (".pt", ".pth") and Path(value).is_file():
+        if Path(value).suffix.lower() in (".pt", ".pth") and Path(value).is_file() and not pretrained.holds_weights(value):
             checkpoint.check(value)
 
 

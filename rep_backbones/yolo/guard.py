@@ -17,6 +17,7 @@ from ultralytics.nn import tasks
 
 from rep_backbones.rules import multi_branch
 from rep_backbones.yolo.expanding import has_expanded, load_plain
+from rep_backbones.yolo.pretrained import Pretrained
 
 SHOWN = 5  # names in a message
 REMEDY = (
@@ -55,6 +56,8 @@ def guarded(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def guarded_load(self: nn.Module, weights: Any, *args: Any, **kwargs: Any) -> Any:
         given = (weights.get("ema") or weights.get("model")) if isinstance(weights, dict) else weights
+        if isinstance(given, Pretrained):
+            return load_plain(_load_pretrained, self, given) if has_expanded(self) else _load_pretrained(self, given)
         if isinstance(given, nn.Module):
             refuse_fused(self, given)
             if has_expanded(given) and not has_expanded(self):
@@ -67,6 +70,10 @@ def guarded(load: Callable[..., Any]) -> Callable[..., Any]:
         return load(self, weights, *args, **kwargs)
 
     return guarded_load
+
+
+def _load_pretrained(model: nn.Module, weights: Pretrained) -> None:
+    weights.into(model)
 
 
 def some(names: Sequence[str]) -> str:

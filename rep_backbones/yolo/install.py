@@ -1,8 +1,8 @@
 """Makes this package's layers and models known to the installed Ultralytics, in memory: no file of it is edited.
 
 What is wrapped: `nn.tasks.parse_model`, `check_yaml` and `guess_model_scale` (layers and models by name), `BaseModel.fuse`
-and `is_fused`, `AutoBackend` where it fuses the caller's own model, and `utils.dist.generate_ddp_file` (workers import this
-package). Each wrapper calls what it replaced, so it stands beside others.
+and `is_fused`, `AutoBackend` where it fuses the caller's own model, `utils.dist.generate_ddp_file` (workers import this
+package) and `load_checkpoint` (pretrained weights of other people's). Each wrapper calls what it replaced, so it stands beside others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import ultralytics
 from torch import nn
 from ultralytics import nn as ultralytics_nn
+from ultralytics.engine import model as engine_model
+from ultralytics.engine import trainer as engine_trainer
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Detect
 from ultralytics.utils import dist
@@ -26,7 +28,7 @@ from rep_backbones import backbones, blocks, containers
 from rep_backbones.expand import Expanded
 from rep_backbones.online import Online
 from rep_backbones.registry import KNOWN
-from rep_backbones.yolo import fusing, names, rows
+from rep_backbones.yolo import fusing, names, pretrained, rows
 
 OLDEST, LATEST = "8.3.252", "8.4.190"
 _MARK = "_rep_backbones"  # set on the module that was changed, so that it goes where the changes go
@@ -55,6 +57,8 @@ def install() -> None:
     tasks.check_yaml = _yaml_by_name(tasks.check_yaml)
     dist.generate_ddp_file = _importing_ddp_file(dist.generate_ddp_file)
     fusing.install()
+    for module in (tasks, engine_model, engine_trainer):
+        module.load_checkpoint = pretrained.knowing_weights(module.load_checkpoint)
     torch.serialization.add_safe_globals([*safe_classes()])
     setattr(tasks, _MARK, True)
 

@@ -1,0 +1,101 @@
+"""`load_weights` for Ultralytics: its models and checkpoints too, and `pretrained=` with a file of other people's weights.
+
+Wherever Ultralytics loads a checkpoint to start from (`pretrained=`, `YOLO(...).load`), a file that holds weights alone, which
+it would not take, is a `Pretrained`; `BaseModel.load` then hands it to `load_weights`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from ultralytics.engine.model import Model
+from ultralytics.utils import LOGGER
+
+from rep_backbones.weights import Report, WeightsError
+from rep_backbones.weights import load_weights as load_any
+from rep_backbones.weights.files import SUFFIXES, Source, tensors_of
+from rep_backbones.yolo.checkpoint import load_precise
+from rep_backbones.yolo.plain_data import Refused
+
+
+class Pretrained(nn.Module):
+    """Weights alone, in the place of the model that Ultralytics takes weights from."""
+
+    def __init__(self, path: str, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.pt_path = path
+        self.tensors = tensors
+
+    def into(self, model: nn.Module) -> Report:
+        """Load them, and log what became of each tensor.
+
+        Raises:
+            WeightsError: as `load_weights`.
+        """
+        report = _named(self.pt_path, model, self.tensors)
+        LOGGER.info(str(report))
+        return report
+
+
+def load_weights(model: Any, source: Source, strict: bool = True) -> Report:
+    """Put pretrained weights into a model, in place; `rep_backbones.weights.load_weights`, which see.
+
+    Args:
+        model: also a `YOLO(...)`.
+        source: also a checkpoint of Ultralytics, such as best.pt: it is rebuilt without executing it, with the FP32 weights
+            beside it where there are some.
+        strict: False loads what fits.
+
+    Raises:
+        WeightsError, TypeError: as there.
+    """
+    model = model.model if isinstance(model, Model) else model
+    if not isinstance(source, (str, os.PathLike)):
+        return load_any(model, source, strict)
+    try:
+        tensors, name = tensors_of(source)
+    except WeightsError as error:
+        try:
+            tensors, name = load_precise(source).model.state_dict(), str(source)
+        except Refused:
+            raise error from None
+    return _named(name, model, tensors, strict)
+
+
+def _named(name: str, model: nn.Module, tensors: dict[str, Tensor], strict: bool = True) -> Report:
+    try:
+        return replace(load_any(model, tensors, strict), source=name)
+    except WeightsError as error:
+        raise WeightsError(str(error).replace("the state dict", name, 1)) from error
+
+
+def holds_weights(path: Any) -> bool:
+    """Whether a path is that of a file of weights alone."""
+    return _weights_at(path) is not None
+
+
+def _weights_at(path: Any) -> Pretrained | None:
+    file = Path(str(path))
+    if file.suffix.lower() not in SUFFIXES or not file.is_file():
+        return None
+    try:
+        return Pretrained(str(file), tensors_of(file)[0])
+    except WeightsError:
+        return None
+
+
+def knowing_weights(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Ultralytics' `load_checkpoint`, which gives a `Pretrained` for a file of weights alone."""
+
+    @functools.wraps(load_checkpoint)
+    def load(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        found = _weights_at(weight)
+        return load_checkpoint(weight, *args, **kwargs) if found is None else (found, {"model": found})
+
+    return load

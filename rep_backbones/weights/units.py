@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -94,8 +94,11 @@ def units_of_file(tensors: dict[str, Tensor], known: Format) -> tuple[list[Unit]
             continue
         unit, slot = found
         units.setdefault(unit, Unit(unit)).keys[slot] = key
-    rank = _ranks(units, known)
-    return sorted(units.values(), key=lambda unit: [rank(name) for name in _ancestors(unit.name)]), unknown
+    order = _Order(units, known)
+    unplaced = {name for name in units if not all(map(order.known, _ancestors(name)))}
+    unknown += [key for name in unplaced for key in units[name].keys.values()]
+    placed = [unit for unit in units.values() if unit.name not in unplaced]
+    return sorted(placed, key=lambda unit: [order.rank(path) for path in _ancestors(unit.name)]), unknown
 
 
 def units_of_our_file(tensors: dict[str, Tensor]) -> list[Unit]:
@@ -124,22 +127,30 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _ranks(units: dict[str, Unit], known: Format) -> Callable[[str], tuple[int, str]]:
+class _Order:
     """The place of a path among its siblings: by number, or by the first order that names them all."""
-    children: dict[str, set[str]] = {}
-    for name in units:
-        for path in _ancestors(name):
-            parent, _, child = path.rpartition(".")
-            children.setdefault(parent, set()).add(child)
 
-    def rank(path: str) -> tuple[int, str]:
+    def __init__(self, units: dict[str, Unit], known: Format) -> None:
+        siblings: dict[str, set[str]] = {}
+        for name in units:
+            for path in _ancestors(name):
+                parent, _, child = path.rpartition(".")
+                siblings.setdefault(parent, set()).add(child)
+        self.siblings = siblings
+        self.orders = {
+            parent: next((order for order in known.order if children <= set(order)), None)
+            for parent, children in siblings.items()
+        }
+
+    def known(self, path: str) -> bool:
         parent, _, child = path.rpartition(".")
-        if child.isdigit():
-            return int(child), child
-        order = next((order for order in known.order if children[parent] <= set(order)), ())
-        return (order.index(child) if order else len(children)), child
+        siblings = self.siblings[parent]
+        return len(siblings) == 1 or all(name.isdigit() for name in siblings) or self.orders[parent] is not None
 
-    return rank
+    def rank(self, path: str) -> int:
+        parent, _, child = path.rpartition(".")
+        order = self.orders[parent]
+        return int(child) if child.isdigit() else order.index(child) if order else 0
 
 
 def _join(path: str, name: str) -> str:

@@ -1,7 +1,7 @@
 """`load_weights` for Ultralytics: its models and checkpoints too, and `pretrained=` with a file of other people's weights.
 
-Wherever Ultralytics loads a checkpoint to start from (`pretrained=`, `YOLO(...).load`), a file that holds weights alone, which
-it would not take, is a `Pretrained`; `BaseModel.load` then hands it to `load_weights`.
+Wherever Ultralytics loads a checkpoint to start from (`pretrained=`, `YOLO(...).load`), a file that holds weights alone,
+which it would not take, is a `Pretrained`; `BaseModel.load` then hands it to `load_weights`.
 """
 
 from __future__ import annotations

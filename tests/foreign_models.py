@@ -92,7 +92,9 @@ class RepVGGBlock(Merging):
 
 
 class RepVGG(nn.Module):
-    def __init__(self, widths: Sequence[int], repeats: Sequence[int], nc: int = 10, groups: int = 1, se: bool = False) -> None:
+    def __init__(
+        self, widths: Sequence[int], repeats: Sequence[int], nc: int = 10, groups: int = 1, se: bool = False
+    ) -> None:
         super().__init__()
         self.stage0 = RepVGGBlock(3, widths[0], 2, se=se)
         c1, number = widths[0], 0
@@ -157,7 +159,9 @@ class MobileOne(nn.Module):
 class Plain(nn.Module):
     """Convolution, norm, activation; `wrapped` under the name `block`, as in release 0.4."""
 
-    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, act: type[nn.Module] = nn.ReLU, wrapped: bool = True) -> None:
+    def __init__(
+        self, c1: int, c2: int, k: int = 3, s: int = 1, act: type[nn.Module] = nn.ReLU, wrapped: bool = True
+    ) -> None:
         super().__init__()
         layers = conv_bn(c1, c2, k, s)
         if wrapped:

@@ -21,6 +21,7 @@ SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors")
 WRAPPERS = ("ema", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 MAX_DEPTH = 4
+STARTS = (b"PK", b"\x80\x02")  # of an archive, and of what torch.save wrote before 1.6
 STATE_DICT = (
     "where you trust the file, in the code that it comes from, make one of its weights alone: "
     "torch.save(model.float().state_dict(), 'weights.pth')"
@@ -55,7 +56,13 @@ def _read(file: Path) -> Any:
     if file.suffix.lower() == ".safetensors":
         return _read_safetensors(file)
     try:
+        with file.open("rb") as stream:
+            start = stream.read(2)
+        if start not in STARTS:
+            raise WeightsError(_damaged(file, f"it starts with {start!r}"))
         return torch.load(file, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError as error:
         raise WeightsError(_why_refused(file, str(error))) from None
     except OSError as error:
@@ -71,8 +78,6 @@ def _why_refused(file: Path, message: str) -> str:
             f"{file} is not loaded, and nothing in it was executed: it asks for {names[0]}, where weights are tensors under "
             f"names; {STATE_DICT}"
         )
-    if "Unsupported operand" in message or "Unsupported class" in message:
-        return f"{file} is not loaded, and nothing in it was executed: it holds more than weights; {STATE_DICT}"
     return _damaged(file, message)
 
 

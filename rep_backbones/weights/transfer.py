@@ -39,8 +39,8 @@ def transferred(source: Unit, target: Unit, tensors: dict[str, Tensor], eps: flo
     if "bn.running_mean" in given and "conv.bias" in given:  # a convolution with a bias in front of its norm
         given["bn.running_mean"] = given["bn.running_mean"] - given.pop("conv.bias")
     slots = {slot for slot in given if not slot.endswith(COUNTER)}
+    _check_shapes(source, target, given, slots)
     if slots == target.slots:
-        _check_shapes(source, target, given)
         return _with_eps(given, target, eps), "copied"
     if slots == MERGED and _norms(target.slots):
         return _unfolded(source, target, given), "unfolded"
@@ -52,9 +52,9 @@ def transferred(source: Unit, target: Unit, tensors: dict[str, Tensor], eps: flo
     raise WeightsError(f"layer {source.name} of the file does not fit {target.name} of the model: {', and '.join(said)}")
 
 
-def _check_shapes(source: Unit, target: Unit, given: Slots) -> None:
+def _check_shapes(source: Unit, target: Unit, given: Slots, slots: set[str]) -> None:
     state = target.part.state_dict()
-    for slot in target.slots:
+    for slot in sorted(slots & target.slots, key=list(given).index):
         if given[slot].shape != state[slot].shape:
             raise WeightsError(_mismatch(source, target, slot, tuple(given[slot].shape), tuple(state[slot].shape)))
 

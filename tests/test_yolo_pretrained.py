@@ -1,0 +1,113 @@
+"""`pretrained=` and `YOLO(...).load` with a file of other people's weights; `load_weights` with Ultralytics' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import foreign_models as theirs
+import pytest
+import torch
+from test_weights import equal, made, outputs, rows
+from test_weights_refused import Runs
+from torch import Tensor
+from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import YAML
+from yolo_helpers import noise, tiny_data, tiny_run, train_args  # noqa: F401
+
+import rep_backbones
+from rep_backbones.rules import multi_branch
+from rep_backbones.weights import WeightsError
+from rep_backbones.yolo import cli
+from rep_backbones.yolo.trainer import RepTrainer
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    return made(theirs.YOLOv7)
+
+
+@pytest.fixture
+def weights(source: Any, tmp_path: Path) -> Path:
+    torch.save({"model": source.state_dict(), "epoch": 299}, tmp_path / "yolov7.pth")
+    return tmp_path / "yolov7.pth"
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    YAML.save(tmp_path / "rows.yaml", theirs.YOLOv7.YAML)
+    return tmp_path / "rows.yaml"
+
+
+def is_loaded(model: Any, source: Any) -> bool:
+    return torch.equal(model.model[0].conv.weight.cpu(), source.model[0].conv.weight)
+
+
+@torch.no_grad()
+def same(source: Any, model: Any) -> None:
+    equal(source(noise()), outputs(model.eval(), rows(model, *range(9)), noise()))
+
+
+def test_load_of_ultralytics(weights: Path, yaml: Path, source: Any) -> None:
+    model = YOLO(str(yaml)).load(str(weights))
+    same(source, model.model)
+    assert rep_backbones.load_weights(YOLO(str(yaml)), weights).format == "YOLOv7's"
+
+
+def test_a_bare_state_dict_called_pt(source: Any, yaml: Path, tmp_path: Path) -> None:
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    same(source, YOLO(str(yaml)).load(str(tmp_path / "weights.pt")).model)
+
+
+def test_load_into_an_expanded_model(source: Any, weights: Path, tmp_path: Path) -> None:
+    YAML.save(tmp_path / "expanded.yaml", {**theirs.YOLOv7.YAML, "expand": "DiverseBranchBlock"})
+    model: Any = YOLO(str(tmp_path / "expanded.yaml")).load(str(weights)).model
+    assert len(multi_branch(model)) > 2
+    same(source, model)
+
+
+def test_a_refused_file_leaves_the_model(source: Any, yaml: Path, tmp_path: Path) -> None:
+    state = source.state_dict()
+    del state["model.4.conv.weight"]
+    torch.save(state, tmp_path / "cut.pth")
+    model = YOLO(str(yaml))
+    before = {key: tensor.clone() for key, tensor in model.model.state_dict().items()}  # type: ignore[union-attr]
+    with pytest.raises(WeightsError, match=r"cut\.pth.*model\.4"):
+        model.load(str(tmp_path / "cut.pth"))
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.model.state_dict().items())  # type: ignore[union-attr]
+
+
+def test_training_starts_from_it(source: Any, weights: Path, yaml: Path, tiny_data: Path, tmp_path: Path) -> None:  # noqa: F811
+    seen: list[bool] = []
+    model = YOLO(str(yaml))
+    model.add_callback("on_train_start", lambda trainer: seen.append(is_loaded(trainer.model, source)))
+    model.train(trainer=RepTrainer, pretrained=str(weights), **train_args(tiny_data, tmp_path, epochs=1))
+    loaded = YOLO(str(yaml)).load(str(weights))
+    loaded.add_callback("on_train_start", lambda trainer: seen.append(is_loaded(trainer.model, source)))
+    loaded.train(**train_args(tiny_data, tmp_path, epochs=1))
+    assert seen == [True, True]
+
+
+def test_the_command(weights: Path, yaml: Path, tiny_data: Path, tmp_path: Path, capfd: Any, caplog: Any) -> None:  # noqa: F811
+    settings = {**train_args(tiny_data, tmp_path, epochs=1), "model": yaml}
+    command = ["train", *(f"{key}={value}" for key, value in settings.items())]
+    assert cli.main([*command, f"pretrained={weights}"]) == 0
+    assert "yolov7.pth, YOLOv7's names: 95 of 101 tensors loaded" in caplog.text
+    torch.save({"model": Runs(tmp_path / "made")}, tmp_path / "evil.pth")
+    assert cli.main([*command, f"pretrained={tmp_path / 'evil.pth'}"]) == 2
+    assert "evil.pth" in capfd.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_of_ultralytics(tiny_run: Path) -> None:  # noqa: F811
+    best = tiny_run / "weights" / "best.pt"
+    trained: Any = rep_backbones.yolo.checkpoint.load_precise(best).model
+    target: Any = made(lambda: DetectionModel(trained.yaml, verbose=False), seed=3)
+    report = rep_backbones.load_weights(target, best)
+    assert report.source == str(best) and report.format == "our own" and not report.unused and not report.missing
+    state: dict[str, Tensor] = trained.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in target.state_dict().items())
+    (best.parent / "cut.pt").write_bytes(best.read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match=r"cut\.pt.*damaged"):
+        rep_backbones.load_weights(target, best.parent / "cut.pt")

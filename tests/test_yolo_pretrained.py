@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import foreign_models as theirs
+import numpy as np
 import pytest
 import torch
 from test_weights import equal, made, outputs, rows
@@ -87,6 +90,60 @@ def test_training_starts_from_it(source: Any, weights: Path, yaml: Path, tiny_da
     loaded.add_callback("on_train_start", lambda trainer: seen.append(is_loaded(trainer.model, source)))
     loaded.train(**train_args(tiny_data, tmp_path, epochs=1))
     assert seen == [True, True]
+
+
+def test_a_yaml_that_names_its_weights(source: Any, weights: Path, tiny_data: Path, tmp_path: Path) -> None:  # noqa: F811
+    YAML.save(tmp_path / "named.yaml", {**theirs.YOLOv7.YAML, "pretrained": str(weights)})
+    trained = {}
+    for pretrained in (True, False):
+        args = train_args(tiny_data, tmp_path, model=str(tmp_path / "named.yaml"), pretrained=pretrained)
+        trainer: Any = RepTrainer(overrides=args)
+        trainer.setup_model()
+        trained[pretrained] = is_loaded(trainer.model, source)
+    assert trained == {True: True, False: False}
+
+
+def pickled_as(model: Any, package: str, file: Path) -> None:
+    """A file with the whole model, of classes that are not here, as its authors' code writes it."""
+    module = types.ModuleType(f"{package}.yolo")
+    classes = [cls for cls in {type(part) for part in model.modules()} if cls.__module__ == theirs.__name__]
+    kept = {cls: cls.__module__ for cls in classes}
+    try:
+        for cls in classes:
+            cls.__module__ = module.__name__
+            setattr(module, cls.__name__, cls)
+        sys.modules.update({package: types.ModuleType(package), module.__name__: module})
+        torch.save({"model": model, "ema": None, "epoch": -1, "best_fitness": np.float64(0.5)}, file)
+    finally:
+        for name in (package, module.__name__):
+            sys.modules.pop(name, None)
+        for cls, name in kept.items():
+            cls.__module__ = name
+
+
+@pytest.mark.parametrize("package", ["models", "yolov6"])
+def test_a_whole_model_of_classes_that_are_not_here(package: str, yaml: Path, tmp_path: Path) -> None:
+    whole: Any = made(theirs.YOLOv7, seed=5)
+    pickled_as(whole, package, tmp_path / "whole.pt")
+    model = YOLO(str(yaml))
+    assert rep_backbones.load_weights(model, tmp_path / "whole.pt").format == "YOLOv7's"
+    same(whole, model.model)
+    same(whole, YOLO(str(yaml)).load(str(tmp_path / "whole.pt")).model)
+
+
+def test_a_whole_model_of_any_other_package(yaml: Path, tmp_path: Path) -> None:
+    pickled_as(made(theirs.YOLOv7), "elsewhere", tmp_path / "whole.pt")
+    with pytest.raises(WeightsError, match=r"whole\.pt.*elsewhere\.yolo"):
+        rep_backbones.load_weights(YOLO(str(yaml)), tmp_path / "whole.pt")
+
+
+def test_code_in_a_whole_model(yaml: Path, tmp_path: Path) -> None:
+    whole: Any = made(theirs.YOLOv7)
+    whole.evil = Runs(tmp_path / "made")
+    pickled_as(whole, "models", tmp_path / "whole.pt")
+    with pytest.raises(WeightsError, match=r"nothing in it was executed"):
+        rep_backbones.load_weights(YOLO(str(yaml)), tmp_path / "whole.pt")
+    assert not (tmp_path / "made").exists()
 
 
 def test_the_command(weights: Path, yaml: Path, tiny_data: Path, tmp_path: Path, capfd: Any, caplog: Any) -> None:  # noqa: F811

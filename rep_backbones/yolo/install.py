@@ -2,7 +2,8 @@
 
 What is wrapped: `nn.tasks.parse_model`, `check_yaml` and `guess_model_scale` (layers and models by name), `BaseModel.fuse`
 and `is_fused`, `AutoBackend` where it fuses the caller's own model, `utils.dist.generate_ddp_file` (workers import this
-package) and `load_checkpoint` (pretrained weights of other people's). Each wrapper calls what it replaced, so it stands beside others.
+package), `load_checkpoint` and `BaseTrainer.setup_model` (pretrained weights of other people). Each wrapper calls what it
+replaced, so it stands beside others.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def install() -> None:
     fusing.install()
     for module in (tasks, engine_model, engine_trainer):
         module.load_checkpoint = pretrained.knowing_weights(module.load_checkpoint)
+    base: Any = engine_trainer.BaseTrainer
+    base.setup_model = pretrained.starting_from_yaml(base.setup_model)
     torch.serialization.add_safe_globals([*safe_classes()])
     setattr(tasks, _MARK, True)
 

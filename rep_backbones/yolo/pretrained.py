@@ -1,7 +1,8 @@
 """`load_weights` for Ultralytics: its models and checkpoints too, and `pretrained=` with a file of other people's weights.
 
 Wherever Ultralytics loads a checkpoint to start from (`pretrained=`, `YOLO(...).load`), a file that holds weights alone,
-which it would not take, is a `Pretrained`; `BaseModel.load` then hands it to `load_weights`.
+which it would not take, is a `Pretrained`; `BaseModel.load` then hands it to `load_weights`. A model YAML may name the file
+too, as `pretrained: weights.pth`: a training that builds its model from that YAML starts from it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from ultralytics.engine import trainer as engine_trainer
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 
@@ -21,7 +23,10 @@ from rep_backbones.weights import Report, WeightsError
 from rep_backbones.weights import load_weights as load_any
 from rep_backbones.weights.files import SUFFIXES, Source, tensors_of
 from rep_backbones.yolo.checkpoint import load_precise
+from rep_backbones.yolo.described import described_weights
 from rep_backbones.yolo.plain_data import Refused
+
+KEY = "pretrained"  # of a model YAML
 
 
 class Pretrained(nn.Module):
@@ -49,7 +54,7 @@ def load_weights(model: Any, source: Source, strict: bool = True) -> Report:
     Args:
         model: also a `YOLO(...)`.
         source: also a checkpoint of Ultralytics, such as best.pt: it is rebuilt without executing it, with the FP32 weights
-            beside it where there are some.
+            beside it where there are some; or a whole model of YOLOv6 or YOLOv7, of which the tensors alone are read.
         strict: False loads what fits.
 
     Raises:
@@ -64,7 +69,10 @@ def load_weights(model: Any, source: Source, strict: bool = True) -> Report:
         try:
             tensors, name = load_precise(source).model.state_dict(), str(source)
         except Refused:
-            raise error from None
+            found = _whole_model(source)
+            if found is None:
+                raise error from None
+            tensors, name = found, str(source)
     return _named(name, model, tensors, strict)
 
 
@@ -85,8 +93,16 @@ def _weights_at(path: Any) -> Pretrained | None:
     if file.suffix.lower() not in SUFFIXES or not file.is_file():
         return None
     try:
-        return Pretrained(str(file), tensors_of(file)[0])
+        tensors: dict[str, Tensor] | None = tensors_of(file)[0]
     except WeightsError:
+        tensors = _whole_model(file)
+    return None if tensors is None else Pretrained(str(file), tensors)
+
+
+def _whole_model(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
+    try:
+        return described_weights(path)
+    except Refused:
         return None
 
 
@@ -99,3 +115,18 @@ def knowing_weights(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         return load_checkpoint(weight, *args, **kwargs) if found is None else (found, {"model": found})
 
     return load
+
+
+def starting_from_yaml(setup_model: Callable[..., Any]) -> Callable[..., Any]:
+    """A trainer's `setup_model` that heeds `pretrained:` in a model YAML, unless it is told other weights, or none."""
+
+    @functools.wraps(setup_model)
+    def setup(self: Any) -> Any:
+        named, done = self.model, setup_model(self)
+        built = isinstance(named, (str, os.PathLike)) and Path(named).suffix.lower() in (".yaml", ".yml")
+        weights = self.model.yaml.get(KEY) if built and self.args.pretrained is True and not self.resume else None
+        if weights is not None:
+            self.model.load(engine_trainer.load_checkpoint(weights)[0])
+        return done
+
+    return setup

@@ -136,10 +136,14 @@ DATA: dict[str, Callable[..., Any]] = {
 
 # --------------------------------------------------------------------------------------------------------------- machine
 class Machine:
-    """The stack machine of pickle protocol 2, on which names stay names. `Machine(data).run()` gives what the file holds."""
+    """The stack machine of pickle protocol 2, on which names stay names. `Machine(data).run()` gives what the file holds.
 
-    def __init__(self, data: bytes) -> None:
+    Objects of classes in the packages `foreign` are described too; like all others they are never looked up.
+    """
+
+    def __init__(self, data: bytes, foreign: tuple[str, ...] = ()) -> None:
         self.data = data
+        self.foreign = foreign
         self.position = 0
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks that a MARK has set aside
@@ -231,7 +235,8 @@ class Machine:
             raise Refused(f"it refers to {module}.{name}, which is not a name")
         if (module, name) in NAME_MAPPING:  # protocol 2 writes the names of Python 2
             module, name = NAME_MAPPING[module, name]
-        self.push(admitted(Global(IMPORT_MAPPING.get(module, module), name)))
+        found = Global(IMPORT_MAPPING.get(module, module), name)
+        self.push(found if within(found.module, self.foreign) else admitted(found))
 
     def reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
@@ -246,7 +251,9 @@ class Machine:
 
     def new_object(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
-        if not isinstance(args, tuple) or not isinstance(cls, Global) or not is_described(cls):
+        if not isinstance(args, tuple) or not isinstance(cls, Global):
+            raise Refused(f"it makes an object of {describe(cls)}")
+        if not is_described(cls) and not within(cls.module, self.foreign):
             raise Refused(f"it makes an object of {describe(cls)}")
         self.push(Stored(cls, args))
 
@@ -412,12 +419,12 @@ class Archive:
         except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
             raise Refused(f"its archive is damaged at {name} ({error})", DAMAGED) from None
 
-    def contents(self) -> Any:
-        """What was saved, as descriptions. Raises Refused for anything that is not allowed."""
+    def contents(self, foreign: tuple[str, ...] = ()) -> Any:
+        """What was saved, as descriptions. Raises Refused for anything that is not allowed, or in a package `foreign`."""
         name = f"{self.root}/data.pkl"
         if self.zip.getinfo(name).file_size > MAX_PICKLE_BYTES:
             raise Refused(f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes", "save the model without other data")
-        return Machine(self.record(name)).run()
+        return Machine(self.record(name), foreign).run()
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
         """The tensor that is described, with its strides, on the CPU: floating point as float32, other types as stored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -82,7 +83,7 @@ def gaps(units: list[Unit], known: Format) -> list[str]:
 def plan_in_order(plan: Plan, sources: list[Unit], targets: list[Unit], tensors: Tensors, known: Format) -> None:
     """The file's layers one after the other into the model's; one of the two may end first, where a part of it ends."""
     heads = [unit for unit in sources if "linear.weight" in unit.slots]
-    trunk = [unit for unit in sources if unit not in heads]
+    trunk = [unit for unit in sources if "linear.weight" not in unit.slots]
     count = min(len(trunk), len(targets))
     plan.pairs(trunk, targets, tensors, known.eps)
     if rest := trunk[count:]:
@@ -113,27 +114,38 @@ def plan_by_row(plan: Plan, sources: list[Unit], targets: list[Unit], tensors: T
 
 
 def plan_by_key(plan: Plan, targets: list[Unit], state: Tensors, tensors: Tensors) -> None:
-    """A state dict of the model itself, or of its other form, training or fused."""
+    """A state dict of the model itself, or of its other form, training or fused: their layers have the same places."""
+    sources, places = ({_place(unit.name): unit for unit in units} for units in (units_of_our_file(tensors), targets))
+    # a block's convolution is the first child of what the block becomes
+    pairs = [
+        (source, places[name])
+        for place, source in sources.items()
+        if (name := next((n for n in (place, f"{place}.0", place.removesuffix(".0")) if n in places), None)) is not None
+    ]
+    if len(pairs) == len(sources) == len({target.name for _, target in pairs}) == len(targets):
+        for source, target in pairs:
+            plan.pair(source, target, tensors, None)
+        return
     given, wanted = ({key for key in keys if not key.endswith(COUNTER)} for keys in (tensors, state))
-    if given != wanted:
-        units = units_of_our_file(tensors)
-        if len(units) == len(targets):
-            return plan.pairs(units, targets, tensors, None)
-        if not given & wanted:
-            names = ", ".join([*(known.name for known in FORMATS), OURS])
-            plan.problems.append(f"its names ({listed(list(tensors), 3)}) are of no format that is known: {names}")
-        elif absent := [key for key in state if key in wanted - given]:
-            plan.problems.append(f"{len(absent)} tensors of the model are not in the file: {listed(absent)}")
-        if more := [key for key in tensors if key in given - wanted]:
-            plan.problems.append(f"{len(more)} tensors of the file are not in the model: {listed(more)}")
-    for key in tensors.keys() & state.keys():
+    if not given & wanted:
+        names = ", ".join([*(known.name for known in FORMATS), OURS])
+        plan.problems.append(f"its names ({listed(list(tensors), 3)}) are of no format that is known: {names}")
+    elif absent := [key for key in state if key in wanted - given]:
+        plan.problems.append(f"{len(absent)} tensors of the model are not in the file: {listed(absent)}")
+    if more := [key for key in tensors if key in given - wanted]:
+        plan.problems.append(f"{len(more)} tensors of the file are not in the model: {listed(more)}")
+    for key in (key for key in tensors if key in state):
         if tensors[key].shape == state[key].shape:
             plan.values[key] = tensors[key]
             plan.used.add(key)
         else:
             shapes = tuple(tensors[key].shape), tuple(state[key].shape)
             plan.problems.append(f"{key} {shapes[0]} does not fit {key} {shapes[1]} of the model; {SIZE}")
-    return None
+
+
+def _place(name: str) -> str:
+    """Where a layer of ours stands, in whichever form: without what only one of the two has in its path."""
+    return re.sub(r"\.branches(\.conv)?$|\.conv$", "", name).replace(".gate.gate.", ".1.gate.")
 
 
 def _rows(units: list[tuple[str, Unit]]) -> dict[str, list[Unit]]:

@@ -118,7 +118,7 @@ def test_yolov6_of_another_form_of_neck() -> None:
     refused(detector("efficientrep"), state, "no neck.Rep_n4")
     state = v6("m").state_dict()
     state["backbone.ERBlock_2.1.cv9.block.conv.weight"] = torch.zeros(1)
-    refused(detector("efficientrep-m"), state, "backbone.ERBlock_2.1.")
+    refused(detector("efficientrep-m"), state, "backbone.ERBlock_2.1.", "not known")
 
 
 def test_a_row_of_yolov7_that_is_not_there() -> None:

@@ -165,6 +165,12 @@ def test_a_checkpoint_of_ultralytics(tiny_run: Path) -> None:  # noqa: F811
     assert report.source == str(best) and report.format == "our own" and not report.unused and not report.missing
     state: dict[str, Tensor] = trained.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in target.state_dict().items())
+    fused: Any = DetectionModel(trained.yaml, verbose=False).eval().fuse(verbose=False)
+    with pytest.raises(WeightsError, match="eps of its norms is not in a state dict"):
+        rep_backbones.load_weights(fused, state)
+    assert not rep_backbones.load_weights(fused, best).missing
+    with torch.no_grad():
+        equal(*(outputs(model, rows(model, 0, 1, 2, 3), noise())[:4] for model in (trained, fused)))
     (best.parent / "cut.pt").write_bytes(best.read_bytes()[:-1000])
     with pytest.raises(WeightsError, match=r"cut\.pt.*damaged"):
         rep_backbones.load_weights(target, best.parent / "cut.pt")

@@ -51,8 +51,8 @@ class Format:
         return next((part for part in every if unit == part or unit.startswith(f"{part}.")), "")
 
 
-def _stages(layer: str) -> Renames:
-    """RepVGG's names of branches, as YOLOv6 has them too."""
+def _branches(layer: str) -> Renames:
+    """RepVGG's names of branches, which YOLOv6 and YOLOv7 took over."""
     return (
         (rf"({layer})\.rbr_dense\.((?:conv|bn)\.\w+)", r"\1|kxk.\2"),
         (rf"({layer})\.rbr_1x1\.((?:conv|bn)\.\w+)", r"\1|1x1.\2"),
@@ -77,7 +77,7 @@ FORMATS = (
         name="YOLOv6's",  # meituan/YOLOv6, releases 0.3 and 0.4
         signature=r"backbone\.(stem|ERBlock_\d)\..+",
         renames=(
-            *_stages(_V6),
+            *_branches(_V6),
             (rf"({_V6})\.upsample_transpose\.(\w+)", r"\1|conv.\2"),
             (rf"({_V6}\.alpha)", r"\1|alpha"),
             (rf"({_V6})(?:\.block)?\.((?:conv|bn)\.\w+)", r"\1|\2"),
@@ -100,12 +100,11 @@ FORMATS = (
         name="YOLOv7's",  # WongKinYiu/yolov7
         signature=rf"{_V7}\.(rbr_\w+\..+|i[am]\.\d+\.implicit|anchor_grid|cv7\.conv\.weight)",
         renames=(
+            *_branches(_V7),
             (rf"({_V7})\.rbr_dense\.0\.(\w+)", r"\1|kxk.conv.\2"),
             (rf"({_V7})\.rbr_dense\.1\.(\w+)", r"\1|kxk.bn.\2"),
             (rf"({_V7})\.rbr_1x1\.0\.(\w+)", r"\1|1x1.conv.\2"),
             (rf"({_V7})\.rbr_1x1\.1\.(\w+)", r"\1|1x1.bn.\2"),
-            (rf"({_V7})\.rbr_identity\.(\w+)", r"\1|identity.\2"),
-            (rf"({_V7})\.rbr_reparam\.(\w+)", r"\1|conv.\2"),
             (rf"({_V7}(?:\.cv\d)?)\.((?:conv|bn)\.\w+)", r"\1|\2"),
         ),
         parts=(),
@@ -133,7 +132,7 @@ FORMATS = (
         name="RepVGG's authors'",  # DingXiaoH/RepVGG
         signature=rf"({_STAGE})\.rbr_(dense|1x1|identity|reparam)\..+",
         renames=(
-            *_stages(_STAGE),
+            *_branches(_STAGE),
             (rf"({_STAGE}\.se\.(?:down|up))\.(\w+)", r"\1|conv.\2"),
             (r"(linear)\.(\w+)", r"\1|linear.\2"),
         ),

@@ -23,6 +23,7 @@ from rep_backbones.weights.units import COUNTER, Unit
 
 MERGED = {"conv.weight", "conv.bias"}
 NORM = ("weight", "bias", "running_mean", "running_var")
+TORCHS_EPS = 1e-5  # and that of all our backbones
 Slots = dict[str, Tensor]
 
 
@@ -90,6 +91,11 @@ def _with_eps(given: Slots, target: Unit, eps: float | None) -> Slots:
 
 
 def _folded(source: Unit, target: Unit, given: Slots, eps: float | None) -> Slots:
+    if eps is None and target.row:  # Ultralytics sets an eps of its own in some of its models
+        raise WeightsError(
+            f"{source.name} would be merged for {target.name}, and the eps of its norms is not in a state dict; load it "
+            "into the training form of the model, and fuse that"
+        )
     wanted = AffineConv.from_conv(target.part.get_submodule("conv"))  # type: ignore[arg-type]
     rest = {slot for slot in given if not slot.endswith(COUNTER)}
     branches: OrderedDict[str, nn.Module] = OrderedDict()
@@ -123,7 +129,7 @@ def _folded(source: Unit, target: Unit, given: Slots, eps: float | None) -> Slot
 
 
 def _norm_of(given: Slots, norm: str, eps: float | None) -> nn.BatchNorm2d:
-    made = nn.BatchNorm2d(given[f"{norm}weight"].numel(), eps=1e-5 if eps is None else eps)
+    made = nn.BatchNorm2d(given[f"{norm}weight"].numel(), eps=TORCHS_EPS if eps is None else eps)
     made.load_state_dict({name: given[norm + name] for name in NORM}, strict=False)
     return made
 

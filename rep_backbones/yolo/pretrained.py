@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from ultralytics.engine import trainer as engine_trainer
 from ultralytics.engine.model import Model
+from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 
 from rep_backbones.weights import Report, WeightsError
@@ -67,13 +68,20 @@ def load_weights(model: Any, source: Source, strict: bool = True) -> Report:
         tensors, name = tensors_of(source)
     except WeightsError as error:
         try:
-            tensors, name = load_precise(source).model.state_dict(), str(source)
+            tensors, name = _of_checkpoint(source, model), str(source)
         except Refused:
             found = _whole_model(source)
             if found is None:
                 raise error from None
             tensors, name = found, str(source)
     return _named(name, model, tensors, strict)
+
+
+def _of_checkpoint(source: str | os.PathLike[str], model: nn.Module) -> dict[str, Tensor]:
+    found: Any = load_precise(source).model
+    if isinstance(model, BaseModel) and model.is_fused() and not found.is_fused():
+        found.fuse(verbose=False)  # here the eps of its norms is known
+    return found.state_dict()  # type: ignore[no-any-return]
 
 
 def _named(name: str, model: nn.Module, tensors: dict[str, Tensor], strict: bool = True) -> Report:

@@ -23,6 +23,7 @@ import rep_backbones
 from rep_backbones.rules import multi_branch
 from rep_backbones.weights import WeightsError
 from rep_backbones.yolo import cli
+from rep_backbones.yolo.pretrained import holds_weights
 from rep_backbones.yolo.trainer import RepTrainer
 
 
@@ -103,10 +104,10 @@ def test_a_yaml_that_names_its_weights(source: Any, weights: Path, tiny_data: Pa
     assert trained == {True: True, False: False}
 
 
-def pickled_as(model: Any, package: str, file: Path) -> None:
-    """A file with the whole model, of classes that are not here, as its authors' code writes it."""
+def pickled_as(model: Any, package: str, file: Path, without: type | None = None) -> None:
+    """A file with the whole model, of classes that are not here (but one), as its authors' code writes it."""
     module = types.ModuleType(f"{package}.yolo")
-    classes = [cls for cls in {type(part) for part in model.modules()} if cls.__module__ == theirs.__name__]
+    classes = [cls for cls in {type(part) for part in model.modules()} - {without} if cls.__module__ == theirs.__name__]
     kept = {cls: cls.__module__ for cls in classes}
     try:
         for cls in classes:
@@ -137,6 +138,12 @@ def test_a_whole_model_of_any_other_package(yaml: Path, tmp_path: Path) -> None:
         rep_backbones.load_weights(YOLO(str(yaml)), tmp_path / "whole.pt")
 
 
+def test_one_layer_of_any_other_package(yaml: Path, tmp_path: Path) -> None:
+    pickled_as(made(theirs.YOLOv7), "models", tmp_path / "whole.pt", without=theirs.RepConv7)
+    with pytest.raises(WeightsError, match=r"whole\.pt"):
+        rep_backbones.load_weights(YOLO(str(yaml)), tmp_path / "whole.pt")
+
+
 def test_code_in_a_whole_model(yaml: Path, tmp_path: Path) -> None:
     whole: Any = made(theirs.YOLOv7)
     whole.evil = Runs(tmp_path / "made")
@@ -162,6 +169,7 @@ def test_a_checkpoint_of_ultralytics(tiny_run: Path) -> None:  # noqa: F811
     trained: Any = rep_backbones.yolo.checkpoint.load_precise(best).model
     target: Any = made(lambda: DetectionModel(trained.yaml, verbose=False), seed=3)
     report = rep_backbones.load_weights(target, best)
+    assert not holds_weights(best)
     assert report.source == str(best) and report.format == "our own" and not report.unused and not report.missing
     state: dict[str, Tensor] = trained.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in target.state_dict().items())

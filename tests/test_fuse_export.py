@@ -171,8 +171,8 @@ def test_wrong_kernel_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     weights = saved(tmp_path)
     stock = AffineConv.to_conv
 
-    def slightly_wrong(self: AffineConv) -> nn.Conv2d:
-        conv = stock(self)
+    def slightly_wrong(self: AffineConv, *dtype: Any) -> nn.Conv2d:
+        conv = stock(self, *dtype)
         with torch.no_grad():
             conv.bias[0] += 1e-3
         return conv

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from rep_backbones.yolo.deploy import save_deploy
 from rep_backbones.yolo.pictures import SHIPPED, pictures
 from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.proof import Outputs, layer_proofs
-from rep_backbones.yolo.report_page import Shown, report_page
+from rep_backbones.yolo.report_page import Shown, predicted, report_page
 from rep_backbones.yolo.switches import no_downloads, no_installs, quiet
 
 PROVED, BAD_INPUT, UNPROVED, MISSING = 0, 2, 3, 4
@@ -127,13 +129,17 @@ def run(
         stack.enter_context(no_downloads())
         stack.enter_context(quiet(not verbose))
         making = Making(report, target, work / stem, tell, status=MISSING if lacking else PROVED)
+        beside = stack.enter_context(ThreadPoolExecutor(1))
         deployed = None
+        trained: Callable[[], Tensor] = partial(predicted, loaded.model, batch)
         try:
             deployed = _fused(loaded, making, batch, settings.pictures)
+            trained = beside.submit(trained).result  # meanwhile: an export traces on one core
             making.keep("pt", making.path(".pt"))
             job = artifacts.Job(target / f"{stem}.pt", making.path(".pt"), deployed, batch, settings, size, verbose)
             for name in formats:
                 making.add(name, job)
+            beside.shutdown()  # what is measured next has the machine for itself
             if data is not None and settings.int8:
                 with_data.add_int8(making, job, data, loaded)
             if data is not None:
@@ -146,7 +152,7 @@ def run(
                 making.keep("pt", making.path(".pt"), proved=False)
                 deployed = checkpoint.load(making.path(".pt"), trust=True).model  # for the pictures of what is wrong
         report.status = making.status
-        shown = Shown(batch, settings.pictures, making.predictions)
+        shown = Shown(batch, settings.pictures, trained, making.predictions)
         making.write_page(report_page(report, loaded, deployed, making.made, shown))
         report.write(making.path("_report.json"))
         making.place()

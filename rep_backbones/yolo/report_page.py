@@ -24,10 +24,13 @@ TYPES = 8  # of layers that are drawn
 
 @dataclass(frozen=True)
 class Shown:
-    """The pictures of a run, as `batch`, `(n, c, h, w)`, and what is known already of the artefacts by format."""
+    """The pictures of a run, as `batch`, `(n, c, h, w)`, what the trained model finds in them, and what is known already of
+    the artefacts by format.
+    """
 
     batch: Tensor
     paths: Sequence[Path]
+    trained: Callable[[], Tensor]
     predictions: Mapping[str, Tensor]
 
 
@@ -54,13 +57,13 @@ def report_page(
     with _left_out(report, "the network's rows"):
         sketches.rows = rows(loaded.model, deployed)
     with _left_out(report, "the detections"):
-        found = {"trained": _predicted(loaded.model, shown.batch)}
+        found = {"trained": shown.trained()}
         if deployed is not None:
             last = next((name for name in reversed(made) if name != "pt" and backends.can_run(made[name])), "pt")
             if last in shown.predictions:
                 found[last] = shown.predictions[last]
             else:
-                found[last] = _predicted(deployed if last == "pt" else backends.runner(made[last]), shown.batch)
+                found[last] = predicted(deployed if last == "pt" else backends.runner(made[last]), shown.batch)
         sketches.samples = samples(
             found,
             shown.paths,
@@ -72,7 +75,8 @@ def report_page(
     return page(report.as_dict(), sketches)
 
 
-def _predicted(run: Callable[[Tensor], Any], batch: Tensor) -> Tensor:
+def predicted(run: Callable[[Tensor], Any], batch: Tensor) -> Tensor:
+    """What a model or an artefact gives for each picture of `batch`, `(n, c, h, w)`, one by one; float32, on the CPU."""
     with torch.no_grad():
         return torch.cat([first(run(x)).float().cpu() for x in batch.split(1)])
 

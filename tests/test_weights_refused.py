@@ -257,7 +257,7 @@ def test_files_that_are_none(ours: nn.Module, state: State, tmp_path: Path) -> N
         "page.pth": b"<html>not found</html>",
     }.items():
         (tmp_path / name).write_bytes(content)
-        refused(ours, tmp_path / name, name, "damaged")
+        assert "weights_only" not in refused(ours, tmp_path / name, name, "damaged")
     refused(ours, tmp_path / "none.pth", "none.pth", "does not exist")
     refused(ours, tmp_path, "is a folder")
     refused(ours, "https://example.com/weights.pth", "nothing is downloaded")

@@ -21,7 +21,6 @@ SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors")
 WRAPPERS = ("ema", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 MAX_DEPTH = 4
-STARTS = (b"PK", b"\x80\x02")  # of an archive, and of what torch.save wrote before 1.6
 STATE_DICT = (
     "where you trust the file, in the code that it comes from, make one of its weights alone: "
     "torch.save(model.float().state_dict(), 'weights.pth')"
@@ -56,13 +55,7 @@ def _read(file: Path) -> Any:
     if file.suffix.lower() == ".safetensors":
         return _read_safetensors(file)
     try:
-        with file.open("rb") as stream:
-            start = stream.read(2)
-        if start not in STARTS:
-            raise WeightsError(_damaged(file, f"it starts with {start!r}"))
         return torch.load(file, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
     except pickle.UnpicklingError as error:
         raise WeightsError(_why_refused(file, str(error))) from None
     except OSError as error:
@@ -84,7 +77,8 @@ def _why_refused(file: Path, message: str) -> str:
 def _damaged(file: Path, error: object) -> str:
     whole = zipfile.is_zipfile(file)
     what = "is an archive, but not of torch.save" if whole else "is truncated or damaged, or no file of torch.save"
-    first = str(error).strip().partition("\n")[0][:200]
+    text = str(error).partition("WeightsUnpickler error: ")  # in front of it stands the advice to load it the old way
+    first = (text[2] or text[0]).strip().partition("\n")[0][:200]
     return f"{file} {what} ({first}); copy or download it again"
 
 

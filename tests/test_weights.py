@@ -101,8 +101,8 @@ def check_timm(theirs: nn.Module, ours: nn.Module, source_form: str, target_form
     assert bool(report.folded) == ((source_form, target_form) == ("training", "merged"))
     assert bool(report.unfolded) == ((source_form, target_form) == ("merged", "training"))
     assert bool(multi_branch(target)) == (target_form == "training")
-    x = noise(size=32)
-    equal(outputs(theirs, timm_stages(theirs), x), outputs(target, stages(target), x))
+    x = noise(size=32).to(next(theirs.parameters()))
+    equal(outputs(source, timm_stages(source), x), outputs(target, stages(target), x))
 
 
 @pytest.mark.parametrize("target_form", FORMS)
@@ -132,7 +132,11 @@ def test_timms_own_sizes(name: str, source_form: str, target_form: str) -> None:
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "mobileone_s0", "mobileone_s4"])
 def test_timms_own_sizes_in_each_form(name: str, source_form: str) -> None:
     for target_form in FORMS:
-        check_timm(made(lambda: timm.create_model(name, num_classes=10)), backbone(name), source_form, target_form)
+        theirs = made(lambda: timm.create_model(name, num_classes=10)).double()
+        for module in theirs.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.data *= 0.5  # else rounding grows without bound in the 47 layers of the deepest
+        check_timm(theirs, backbone(name).double(), source_form, target_form)
 
 
 # ---- the authors' ---------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def _folded(source: Unit, target: Unit, given: Slots, eps: float | None) -> Slot
 
 
 def _norm_of(given: Slots, norm: str, eps: float | None) -> nn.BatchNorm2d:
-    made = nn.BatchNorm2d(given[f"{norm}weight"].numel(), eps=TORCHS_EPS if eps is None else eps)
+    made = nn.BatchNorm2d(given[f"{norm}weight"].numel(), eps=TORCHS_EPS if eps is None else eps).double()
     made.load_state_dict({name: given[norm + name] for name in NORM}, strict=False)
     return made
 
@@ -138,7 +138,7 @@ def _conv_of(weight: Tensor, wanted: AffineConv) -> nn.Conv2d:
     """A branch's convolution: its kernel is centred on the one that is wanted."""
     less = [(large - small) // 2 for large, small in zip(wanted.kernel_size, weight.shape[2:])]
     padding = (wanted.padding[0] - less[0], wanted.padding[1] - less[1])
-    return AffineConv(weight.float(), None, wanted.stride, padding, (1, 1), wanted.groups).to_conv()
+    return AffineConv(weight.double(), None, wanted.stride, padding, (1, 1), wanted.groups).to_conv()
 
 
 # ---- one convolution -> the main branch ----------------------------------------------------------------------------------

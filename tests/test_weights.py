@@ -110,7 +110,8 @@ def check_timm(theirs: nn.Module, ours: nn.Module, source_form: str, target_form
 @pytest.mark.parametrize("name", ["repvgg_b1g4", "repvgg_d2se"])
 def test_timms_repvgg(name: str, source_form: str, target_form: str) -> None:
     # with even numbers of layers, as timm counts the grouped ones in each stage anew
-    ours: Any = backbone(name, width=0.5, depth=0.6 if name == "repvgg_b1g4" else 0.1)
+    size = {"width": 0.25, "depth": 0.6} if name == "repvgg_b1g4" else {"width": 0.5, "depth": 0.1}
+    ours: Any = backbone(name, **size)
     count = [len(stage) for stage in stages(ours)][1:]
     check_timm(made(lambda: timm_repvgg(name, ours.channels, count)), ours, source_form, target_form)
 

@@ -15,11 +15,10 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import C3
-from yolo_helpers import noise, randomize_norms
+from yolo_helpers import narrow, noise, randomize_norms
 
 import rep_backbones
 from rep_backbones import list_backbones
-from rep_backbones.registry import TRUNKS
 from rep_backbones.rules import multi_branch
 from rep_backbones.yolo import expanding, names, reading
 from rep_backbones.yolo.proof import exported_form, named
@@ -96,20 +95,6 @@ def numbers_on_paper(name):
     assert type(head).__name__ == ("Classify" if name.endswith("-cls.yaml") else "Detect")
     assert getattr(head, "legacy", False) is False
     return numbers([layers]), len(multi_branch(layers)), numbers(layers[:1])
-
-
-def narrow(name):
-    """A model of the same rows, narrow and shallow."""
-    torch.manual_seed(0)
-    config = tasks.yaml_model_load(name)
-    config["scale"] = config.get("scale") or "n"
-    config.setdefault("scales", {})[config["scale"]] = [0.33, 0.125, 1024]
-    for row in config["backbone"]:
-        if row[2] in TRUNKS:
-            row[3] = [*row[3], {"width": 0.125, "depth": 0.25}]
-    model = (tasks.ClassificationModel if name.endswith("-cls.yaml") else tasks.DetectionModel)(config, verbose=False)
-    model.task = tasks.guess_model_task(model)
-    return model
 
 
 def is_plain(name):

@@ -138,6 +138,24 @@ def built(folder: Path, rows: str = "mixed", seed: int = 0) -> nn.Module:
         return randomize_norms(DetectionModel(str(model_yaml(folder, rows)), verbose=False), seed).eval()
 
 
+def narrow(name: str) -> nn.Module:
+    """The model of a packaged YAML, of the same rows, narrow and shallow."""
+    from ultralytics.nn import tasks
+
+    from rep_backbones.registry import TRUNKS
+
+    torch.manual_seed(0)
+    config = tasks.yaml_model_load(name)
+    config["scale"] = config.get("scale") or "n"
+    config.setdefault("scales", {})[config["scale"]] = [0.33, 0.125, 1024]
+    for row in config["backbone"]:
+        if row[2] in TRUNKS:
+            row[3] = [*row[3], {"width": 0.125, "depth": 0.25}]
+    model = (tasks.ClassificationModel if "-cls" in name else tasks.DetectionModel)(config, verbose=False)
+    model.task = tasks.guess_model_task(model)
+    return model
+
+
 def noise(n: int = 2, size: int = 64, seed: int = 0) -> torch.Tensor:
     """Pictures of noise, (n, 3, size, size) in [0, 1], the same ones each time."""
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))

@@ -13,7 +13,7 @@ import cv2
 import pytest
 import ultralytics
 from ultralytics import YOLO
-from yolo_helpers import model_yaml, tiny_data, train_args  # noqa: F401
+from yolo_helpers import MULTI_BRANCH, model_yaml, tiny_data, train_args  # noqa: F401
 
 from rep_backbones.rules import multi_branch
 from rep_backbones.yolo.checkpoint import load_precise
@@ -37,14 +37,15 @@ def check_run(run: Path, epochs: int, layers: int = 4) -> None:
     assert multi_branch(YOLO(str(run / "weights" / "best_deploy.pt")).model) == []
 
 
-@pytest.mark.parametrize("expanded", [False, True], ids=["rows", "expand"])
-def test_two_processes_learn_the_same_and_one_writes(tmp_path: Path, tiny_data: Path, expanded: bool) -> None:  # noqa: F811
-    file = model_yaml(tmp_path, "Conv" if expanded else "mixed")
-    layers = 4
-    if expanded:
+@pytest.mark.parametrize("form", ["mixed", "trunk", "expand"])
+def test_two_processes_learn_the_same_and_one_writes(tmp_path: Path, tiny_data: Path, form: str) -> None:  # noqa: F811
+    file = model_yaml(tmp_path, "Conv" if form == "expand" else form)
+    if form == "expand":
         file.write_text(f"expand: ACBlock\n{file.read_text()}")
         layers = len(multi_branch(YOLO(str(file)).model))
         assert layers > 4, "the head's convolutions too"
+    else:
+        layers = MULTI_BRANCH[form]
     overrides = {"model": str(file), **train_args(tiny_data, tmp_path)}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     processes = []

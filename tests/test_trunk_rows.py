@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from test_yolo_fusing import ALONE, assert_same, detector, outputs
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
-from yolo_helpers import noise, randomize_norms, tiny_data, train_args  # noqa: F401
+from yolo_helpers import MULTI_BRANCH, model_yaml, noise, randomize_norms, tiny_data, train_args  # noqa: F401
 
 import rep_backbones
 from rep_backbones import create_backbone, register_layer
@@ -214,7 +213,7 @@ def test_a_deploy_checkpoint_needs_stock_ultralytics_only(tmp_path):
 
 
 def test_exported_and_proved(tmp_path):
-    model = YOLO(write(tmp_path))
+    model = YOLO(str(model_yaml(tmp_path, "trunk")))
     randomize_norms(model.model)
     model.model.args = {"imgsz": 64}
     model.ckpt = {"train_args": {"imgsz": 64}}
@@ -222,18 +221,12 @@ def test_exported_and_proved(tmp_path):
     assert main([str(tmp_path / "best.pt"), "--no-latency"]) == 0
     report = json.loads((tmp_path / "best_deploy_report.json").read_text())
     counts = report["counts"]
-    assert (counts["before"]["multi_branch_layers"], counts["after"]["multi_branch_layers"]) == (9, 0)
+    assert (counts["before"]["multi_branch_layers"], counts["after"]["multi_branch_layers"]) == (MULTI_BRANCH["trunk"], 0)
     assert [layer["path"] for layer in report["layers"]][:3] == ["model.0.stem.0", "model.0.stage1.0", "model.0.stage2.0"]
     assert all(layer["ok"] for layer in report["layers"]) and report["artifacts"]["onnx"]["proved"]
 
 
 # ---- trained -------------------------------------------------------------------------------------------------------------
-
-
-def write(folder: Path, task="detect") -> Path:
-    trunk = f"nc: 3\nbackbone: {json.dumps(rows())}\n"
-    (folder / "trunk.yaml").write_text(f"{trunk}head: {json.dumps(HEAD)}\n".replace("null", "None"))
-    return folder / "trunk.yaml"
 
 
 class Killed(RepTrainer):
@@ -246,11 +239,11 @@ class Killed(RepTrainer):
 
 def test_trained_and_resumed(tmp_path, tiny_data):  # noqa: F811
     with pytest.raises(KeyboardInterrupt):
-        YOLO(write(tmp_path)).train(trainer=Killed, **train_args(tiny_data, tmp_path))
+        YOLO(str(model_yaml(tmp_path, "trunk"))).train(trainer=Killed, **train_args(tiny_data, tmp_path))
     before = torch.load(tmp_path / "run" / "weights" / "last.pt", weights_only=False)["ema"].float()
     YOLO(tmp_path / "run" / "weights" / "last.pt").train(trainer=RepTrainer, resume=True)
     best = checkpoint.load_precise(tmp_path / "run" / "weights" / "best.pt").model
-    assert len(multi_branch(best)) == 9 and type(best.model[0]).__name__ == "RepVGG"
+    assert len(multi_branch(best)) == MULTI_BRANCH["trunk"] and type(best.model[0]).__name__ == "RepVGG"
     moved = {key for key, value in best.state_dict().items() if not torch.equal(value, before.state_dict()[key])}
     assert any("stem.0.branches.1x1" in key for key in moved)
     assert multi_branch(YOLO(tmp_path / "run" / "weights" / "best_deploy.pt").model) == []

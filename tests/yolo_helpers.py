@@ -35,13 +35,18 @@ ROWS = {
   - [-1, 1, RepVGGBlock, [16, 3, 2]]
   - [-1, 2, RepConv, [32, 3, 2]]
   - [-1, 1, RepVGGBlock, [32, 3, 2]]""",
+    "trunk": """
+  - [-1, 1, RepVGG, [a0, {width: 0.125, depth: 0.25}]]
+  - [0, 1, Index, [None, 2]]
+  - [0, 1, Index, [None, 3]]
+  - [0, 1, Index, [None, 4]]""",
     "Conv": """
   - [-1, 1, Conv, [16, 3, 2]]
   - [-1, 1, Conv, [16, 3, 2]]
   - [-1, 1, Conv, [32, 3, 2]]
   - [-1, 1, Conv, [32, 3, 2]]""",
 }
-MULTI_BRANCH = {"RepConv": 4, "RepVGGBlock": 4, "mixed": 4, "Conv": 0}  # layers with branches in each of ROWS
+MULTI_BRANCH = {"RepConv": 4, "RepVGGBlock": 4, "mixed": 4, "trunk": 8, "Conv": 0}  # layers with branches in each of ROWS
 HEADS = {
     "detect": "[[2, 3], 1, Detect, [nc]]",
     "segment": "[[2, 3], 1, Segment, [nc, 4, 8]]",

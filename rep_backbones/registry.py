@@ -114,6 +114,11 @@ def layer_named(name: str) -> Layer:
     return LAYERS[name]
 
 
+def ours() -> list[str]:
+    """The names of this package's own layers."""
+    return sorted(name for name, layer in LAYERS.items() if layer.cls.__module__.startswith("rep_backbones."))
+
+
 def near(name: Any, known: Iterable[str]) -> str:
     """ "did you mean this or that? " of an unknown name; nothing where none is near."""
     found = difflib.get_close_matches(str(name), list(known), 3)

@@ -14,10 +14,10 @@ from ultralytics.nn import tasks
 
 from rep_backbones import fuse
 from rep_backbones.export import diagram
-from rep_backbones.registry import LAYERS
+from rep_backbones.registry import LAYERS, ours
 from rep_backbones.rules import branch_names, multi_branch
 from rep_backbones.yolo import pages
-from rep_backbones.yolo.block_pages import TOOL, draw, main, ours
+from rep_backbones.yolo.block_pages import TOOL, draw, main
 from rep_backbones.yolo.training_cost import plain_twin, saved_bytes, step_costs
 
 PAGE = Path(__file__).parent.parent / "docs" / "blocks.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rep_backbones.export.latency import Latency, measure, measure_apart
+from rep_backbones.export.latency import Latency, measure, measure_apart, rounds
 
 
 class Clock:
@@ -43,6 +43,17 @@ def test_the_budget_ends_it_but_each_call_is_timed_three_times(seconds: float, w
     found = measure(calls, runs=10, warmup=2, seconds=seconds, clock=clock)  # type: ignore[arg-type]
     assert clock.called == ["a", "b"] * (warm + timed)
     assert found["a"].runs == found["b"].runs == timed
+
+
+def test_rounds_keep_every_run_and_tell_of_each_round() -> None:
+    clock = Clock()
+    calls = {("a", 1): clock.taking("a", 9.0, 0.001, 0.004), ("b", 2): clock.taking("b", 9.0, 0.020, 0.010)}
+    taken = rounds(calls, runs=2, warmup=1, seconds=99, clock=clock, each=lambda: clock.called.append("round"))  # type: ignore
+    assert taken == {
+        ("a", 1): [pytest.approx(1.0), pytest.approx(4.0)],
+        ("b", 2): [pytest.approx(20.0), pytest.approx(10.0)],
+    }
+    assert clock.called == ["a", "b", "round"] * 3
 
 
 def test_no_runs_are_refused() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure speed, memory and error, side by side: `python tools/benchmark.py`; see --help."""
+"""What branches cost, side by side: `python tools/benchmark.py train|infer|fuse`; see --help."""
 
 import sys
 from pathlib import Path

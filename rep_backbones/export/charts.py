@@ -1,4 +1,6 @@
-"""The charts of the HTML report. Long lists grow downwards, so that they can be scrolled; one unit of height is one row."""
+"""The charts of the HTML report and of the benchmarks. Long lists grow downwards, so that they can be scrolled; one unit of
+height is one row.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from rep_backbones.export.svg import BAD, FAINT, GOOD, GRID, HUES, INK, figure
 
 WIDTH, ROW, TOP, CHARACTER = 4.3, 0.2, 0.27, 0.075  # inches
 LONGEST = 22  # characters of a label; the tables have all of it
+WIDE, LONG = 7.0, 40  # the same of a page that is as wide as a screen
 EXACT = 1e-10  # where a difference of zero is drawn on a logarithmic axis
 
 
@@ -96,23 +100,81 @@ def bars(found: Sequence[Bar], unit: str, title: str, start: float = 0.0) -> str
     return _rows([bar.label for bar in shown], paint, title, row=0.27)
 
 
+def dots(found: Sequence[tuple[str, Sequence[Bar]]], title: str, *, mark: float | None = None) -> str:
+    """A row of dots for each name on a logarithmic axis, each with a line between its smallest and its largest value.
+
+    Args:
+        found: name, and its dots, whose `label` says what they are: one colour each, named below the chart.
+        title: what is measured.
+        mark: where a line is drawn.
+    """
+    kinds = {bar.label: bar.hue for _, bars in found for bar in bars}
+    values = [v for _, bars in found for bar in bars for v in (bar.value, bar.low, bar.high) if v is not None]
+    low, high = min([*values, mark or math.inf]) / 1.1, max([*values, mark or 0.0]) * 1.1
+
+    def paint(axes: Axes) -> None:
+        for row, (_, bars) in enumerate(found):
+            if row % 2:
+                axes.axhspan(row - 0.5, row + 0.5, color=GRID, alpha=0.35, lw=0)
+            for index, bar in enumerate(bars):
+                place = row + (index - (len(bars) - 1) / 2) * 0.8 / max(len(kinds), 1)
+                colour = HUES[bar.hue % len(HUES)]
+                if bar.low is not None and bar.high is not None:
+                    axes.plot([bar.low, bar.high], [place, place], color=colour, lw=1, alpha=0.6)
+                axes.plot([bar.value], [place], "o", color=colour, ms=3.5)
+        if mark is not None:
+            axes.axvline(mark, color=INK, ls="--", lw=0.8)
+        axes.set(xscale="log", xlim=(low, high))
+        ticks = [t for p in range(-3, 6) for t in (10.0**p, 2 * 10.0**p, 5 * 10.0**p) if low <= t <= high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+
+    rows = [name for name, _ in found]
+    return _rows(rows, paint, title, row=max(ROW, 0.06 + 0.09 * len(kinds)), width=WIDE, longest=LONG, legend=kinds)
+
+
 def _rows(
-    labels: Sequence[str], paint: Callable[[Axes], None], title: str, *, row: float = ROW, margin: float = 0.24
+    labels: Sequence[str],
+    paint: Callable[[Axes], None],
+    title: str,
+    *,
+    row: float = ROW,
+    margin: float = 0.24,
+    width: float = WIDTH,
+    longest: int = LONGEST,
+    legend: Mapping[str, int] | None = None,
 ) -> str:
-    """A chart with one row for each label, the first on top, its axis above, and `margin` inches on its right."""
+    """A chart with one row for each label, the first on top, its axis above, and `margin` inches on its right; below, its
+    title and what the colours mean, if there is a `legend`: name -> index of its colour.
+    """
     count = max(len(labels), 1)
-    short = [_short(label) for label in labels]
-    height = TOP + count * row + 0.08
+    short = [_short(label, longest) for label in labels]
+    foot = 0.06 + (ROW * (math.ceil(len(legend) / 2) + 1.5) if legend else 0.0)  # half a row of air
+    height = TOP + count * row + foot + 0.02
     left = 0.16 + CHARACTER * max(map(len, short), default=0)
 
     def arrange(drawn: Figure) -> None:
-        axes: Any = drawn.add_axes((left / WIDTH, 0.06 / height, 1 - (left + margin) / WIDTH, count * row / height))
+        axes: Any = drawn.add_axes((left / width, foot / height, 1 - (left + margin) / width, count * row / height))
+        if legend:
+            style: Any = {"marker": "o", "ls": "", "ms": 4}
+            handles = [Line2D([], [], color=HUES[hue % len(HUES)], label=name, **style) for name, hue in legend.items()]
+            drawn.legend(
+                handles=handles,
+                loc="lower left",
+                ncols=2,
+                frameon=False,
+                fontsize=8,
+                labelcolor=INK,
+                title=title,
+                title_fontproperties={"size": 8},
+                alignment="left",
+            ).get_title().set_color(INK)
         axes.patch.set_alpha(0)
         paint(axes)
         axes.set_ylim(count - 0.5, -0.5)
         for place, label in enumerate(short):  # ticks take ten times as long
             axes.text(
-                -0.06 / (WIDTH - left - margin),
+                -0.06 / (width - left - margin),
                 place,
                 label,
                 transform=axes.get_yaxis_transform(),
@@ -129,7 +191,7 @@ def _rows(
         for spine in axes.spines.values():
             spine.set_visible(False)
 
-    return figure(WIDTH, height, arrange, title)
+    return figure(width, height, arrange, title)
 
 
 def _drawable(error: float | None) -> float:
@@ -154,5 +216,5 @@ def _nothing(share: float | None) -> float:
     return share if share is not None and math.isfinite(share) else 0.0
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= LONGEST else f"{label[: LONGEST // 2 - 1]}…{label[-LONGEST // 2 :]}"
+def _short(label: str, longest: int) -> str:
+    return label if len(label) <= longest else f"{label[: longest // 2 - 1]}…{label[-longest // 2 :]}"

@@ -6,6 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,22 @@ def measure(
     seconds: float = 3.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Time each of `calls` once per round.
+    """The latency of each of `calls`; arguments and errors as `rounds`."""
+    taken = rounds(calls, runs=runs, warmup=warmup, least=least, seconds=seconds, clock=clock)
+    return {name: latency(ms) for name, ms in taken.items()}
+
+
+def rounds(
+    calls: Mapping[K, Callable[[], object]],
+    *,
+    runs: int = 10,
+    warmup: int = 2,
+    least: int = 3,
+    seconds: float = 3.0,
+    clock: Callable[[], float] = time.perf_counter,
+    each: Callable[[], object] = lambda: None,
+) -> dict[K, list[float]]:
+    """Time each of `calls` once per round; the milliseconds of each, by round.
 
     Args:
         calls: each must end with its result ready: what runs on a GPU waits for it.
@@ -36,6 +54,7 @@ def measure(
         least: rounds that are timed however long they take: a median with a spread needs some.
         seconds: after so many, no other round begins.
         clock: gives seconds.
+        each: is called after each round, untimed ones too.
 
     Raises:
         ValueError: `runs` is below 1.
@@ -47,7 +66,8 @@ def measure(
             break
         for call in calls.values():
             call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+        each()
+    taken: dict[K, list[float]] = {name: [] for name in calls}
     for done in range(runs):
         if done >= least and clock() >= begin + seconds:
             break
@@ -55,7 +75,8 @@ def measure(
             start = clock()
             call()
             taken[name].append((clock() - start) * 1e3)
-    return {name: _of(ms) for name, ms in taken.items()}
+        each()
+    return taken
 
 
 def measure_apart(
@@ -83,10 +104,11 @@ def measure_apart(
             call()
             taken[name].append((clock() - start) * 1e3)
             del call  # before the next one is opened
-    return {name: _of(ms) for name, ms in taken.items()}
+    return {name: latency(ms) for name, ms in taken.items()}
 
 
-def _of(ms: list[float]) -> Latency:
+def latency(ms: list[float]) -> Latency:
+    """Of the milliseconds of each run."""
     return Latency(statistics.median(ms), min(ms), max(ms), len(ms))
 
 

@@ -28,6 +28,7 @@ _PACKAGES = (
     "ncnn",
     "pnnx",
     "tensorrt",
+    "timm",
 )
 
 

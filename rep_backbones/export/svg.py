@@ -1,4 +1,4 @@
-"""Pictures of matplotlib as SVG to stand inside an HTML page, in the page's own colours, light and dark.
+"""Pictures of matplotlib as SVG to stand inside an HTML page, in the page's own colours, light and dark; or alone.
 
 Matplotlib knows no CSS. So what is drawn in one of the colours of `THEME` gets the page's variable in place of it.
 """
@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import IO
 
 import matplotlib
@@ -49,6 +50,15 @@ def figure(width: float, height: float, paint: Callable[[Figure], None], title: 
 def layers(forms: Sequence[tuple[str, nn.Module]], title: str) -> str:
     """Layers beside each other, as `diagram.save` draws them."""
     return _inline(lambda stream: diagram.draw(stream, forms, transparent=True), title)
+
+
+def alone(picture: str) -> str:
+    """A picture of `figure` as a file of its own, on white paper: a page's variables, in their light colours, are put in."""
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    light = dict(re.findall(r"--([\w-]+): (#\w+)", style[: style.index("@media")]))
+    text = re.sub(r"var\(--([\w-]+)\)", lambda found: light[found[1]], picture)
+    paper = f'<rect width="100%" height="100%" fill="{light["paper"]}"/>'
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + re.sub(r"(<svg [^>]*>)", rf"\1{paper}", text, count=1)
 
 
 def _inline(write: Callable[[IO[bytes]], object], title: str) -> str:

@@ -142,14 +142,18 @@ def _torchscript(path: Path, device: torch.device) -> Runner:
     return Runner(lambda x: listed(script(x.half() if half else x)), batch=_fixed(about), precision=precision, about=about)
 
 
-def _openvino(path: Path, device: torch.device) -> Runner:
+def openvino_model(file: Path) -> Any:
+    """A file that OpenVINO reads, compiled for the CPU in float32, with as many threads as PyTorch."""
     with untold():
         import openvino
 
-    graph = openvino.Core().read_model(_inside(path, "*.xml"))
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(graph, "CPU", settings)
-    first = graph.input().partial_shape[0]
+    return openvino.Core().compile_model(openvino.Core().read_model(file), "CPU", settings)
+
+
+def _openvino(path: Path, device: torch.device) -> Runner:
+    compiled = openvino_model(_inside(path, "*.xml"))
+    first = compiled.input().partial_shape[0]
     return Runner(
         lambda x: [torch.from_numpy(np.array(value)).float() for value in compiled(x.numpy()).values()],
         batch=None if first.is_dynamic else first.get_length(),

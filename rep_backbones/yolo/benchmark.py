@@ -1,269 +1,63 @@
-"""Speed, memory and error, measured side by side: each pair in turn, in processes of their own, median and spread.
+"""What branches cost, measured side by side on this machine: in training, in inference, and to fuse.
 
-python tools/benchmark.py --out docs/benchmarks
+python tools/benchmark.py train|infer|fuse [--device cpu|0] [--out docs/benchmarks]
+
+    train  a training step of each block, and of whole detectors, against the plain layers of the same deployed form and
+           against the blocks of Ultralytics and timm
+    infer  detectors and classifiers, multi-branch, fused and plain, in every runtime that is here
+    fuse   speed, memory and error of fusing and exporting; without a word, this one
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
+import shlex
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import onnx
 import torch
-from torch import nn
-from ultralytics import YOLO
 
-from rep_backbones.blocks import RepVGGBlock
-from rep_backbones.export.files import replacing, writable_folder
-from rep_backbones.export.onnx_fuse import fuse_onnx
-from rep_backbones.export.report import versions
-from rep_backbones.fuse import fuse
-from rep_backbones.registry import LAYERS
+from rep_backbones.export.files import writable_folder
+from rep_backbones.yolo.benchmarks import fusing, inference, results, training
+from rep_backbones.yolo.benchmarks.results import Findings
 from rep_backbones.yolo.command import ended
-from rep_backbones.yolo.expanding import expand
-from rep_backbones.yolo.switches import jit_unwarned
+from rep_backbones.yolo.devices import at_hand, found, machine
 
-# Ding et al., "RepVGG", CVPR 2021, table 2: RepVGG-B3 has layers 1, 4, 6, 16, 1, widths 64 x [1, 3, 6, 12] and 512 x 5
-B3 = ((64, 1), (192, 4), (384, 6), (768, 16), (2560, 1))
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def repvgg_b3(seed: int = 0) -> nn.Module:
-    """The trunk of RepVGG-B3 with random statistics in its norms, in eval mode; 120,524,288 parameters with branches."""
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    c1 = 3
-    for c2, blocks in B3:
-        for index in range(blocks):
-            layers.append(RepVGGBlock(c1, c2, s=1 if index else 2))
-            c1 = c2
-    return shuffled(nn.Sequential(*layers).eval())
-
-
-def shuffled(model: nn.Module) -> nn.Module:
-    """Gives every norm random statistics, as a trained model has them; changes and returns `model`."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.3)  # type: ignore[operator, union-attr]
-                module.running_var.uniform_(0.3, 1.3)  # type: ignore[operator, union-attr]
-                module.weight.normal_(0.8, 0.3)
-                module.bias.normal_(0, 0.3)
-    return model
-
-
-# ---- what runs in a process of its own; each prints one JSON object -------------------------------------------------------
-
-
-def job_fuse() -> dict[str, float]:
-    """Seconds of fuse(), and its peak of memory over what the process had, in multiples of the model's own."""
-    model = repvgg_b3()
-    size = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
-    fuse(RepVGGBlock(8, 8).eval())  # what is imported at first use
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    fused = fuse(model)
-    seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 28
-    return {"fuse RepVGG-B3, seconds": seconds, "memory added at its peak, in sizes of the model": peak / size}
-
-
-def job_error() -> dict[str, float]:
-    """The largest errors of the fused and of the unfused model in float32, against the unfused one in float64.
-
-    oneDNN may convolve by Winograd's method, whose own rounding is several times that of a direct convolution, so both are
-    measured without it too; and what storing the kernels in float32 does alone, computed in float64.
-    """
-    model = repvgg_b3()[:20].eval()  # type: ignore[index]
-    fused = fuse(model)
-    x = torch.rand(1, 3, 96, 96)
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(x.double())
-        found = {"fused in float32": fused(x), "unfused in float32": model(x)}
-        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-            found |= {"fused in float32, without oneDNN": fused(x), "unfused in float32, without oneDNN": model(x)}
-        found["fused, kernels in float32, computed in float64"] = copy.deepcopy(fused).double()(x.double())
-    span = float(exact.max() - exact.min())
-    return {f"{name}, fraction of the range": float((y.double() - exact).abs().max()) / span for name, y in found.items()}
-
-
-def job_blocks() -> dict[str, float]:
-    """The largest error of any registered layer, fused, in float32, against itself in float64."""
-    torch.manual_seed(0)
-    worst, direct, x = 0.0, 0.0, torch.randn(1, 64, 48, 48)
-    for layer in LAYERS.values():
-        model = shuffled(layer.cls(64, 64).eval())
-        fused = fuse(model)
-        with torch.no_grad():
-            exact = copy.deepcopy(model).double()(x.double())
-            ours = fused(x)
-            with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-                slow = fused(x)
-        span = float(exact.max() - exact.min())
-        worst = max(worst, float((ours.double() - exact).abs().max()) / span)
-        direct = max(direct, float((slow.double() - exact).abs().max()) / span)
-    name = "every block fused in float32, the largest fraction of its range"
-    return {name: worst, f"{name}, without oneDNN": direct}
-
-
-def job_expand() -> dict[str, float]:
-    """Seconds of expand() and fuse() on YOLO11n."""
-    model = YOLO("yolo11n.yaml").model.eval()  # type: ignore[union-attr]
-    fuse(RepVGGBlock(8, 8).eval())  # what is imported at first use
-    start = time.perf_counter()
-    fuse(expand(model, "DiverseBranchBlock"))
-    return {"expand YOLO11n by DiverseBranchBlock and fuse it, seconds": time.perf_counter() - start}
-
-
-def job_onnx() -> dict[str, float]:
-    """Seconds of fusing an ONNX graph of 50 RepVGG layers with 128 channels, without its source."""
-    model = shuffled(nn.Sequential(*[RepVGGBlock(128, 128) for _ in range(50)]).eval())
-    with jit_unwarned(), tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        torch.onnx.export(model, (torch.rand(1, 128, 32, 32),), file, dynamo=False, opset_version=18)
-        graph = onnx.load(file)
-    start = time.perf_counter()
-    _, fused = fuse_onnx(graph)
-    seconds = time.perf_counter() - start
-    assert len(fused) == 50
-    return {"fuse an ONNX graph of 50 multi-branch layers, seconds": seconds}
-
-
-JOBS: dict[str, Callable[[], dict[str, float]]] = {
-    "fuse": job_fuse,
-    "error": job_error,
-    "blocks": job_blocks,
-    "expand": job_expand,
-    "onnx": job_onnx,
-}
-
-
-# ---- the tables -----------------------------------------------------------------------------------------------------------
-
-
-def measured(repeats: int) -> list[tuple[str, list[float], str]]:
-    """Rows of the table: what, the values, and what the project promises of it."""
-    rows: dict[str, list[float]] = {}
-    promises = {
-        "fuse RepVGG-B3, seconds": "under 5",
-        "memory added at its peak, in sizes of the model": "under 2.5",
-        "fused in float32, fraction of the range": "at most 1e-6, or twice the unfused one's",
-        "fused in float32, without oneDNN, fraction of the range": "the same",
-        "every block fused in float32, the largest fraction of its range": "at most 1e-6",
-        "every block fused in float32, the largest fraction of its range, without oneDNN": "the same",
-        "expand YOLO11n by DiverseBranchBlock and fuse it, seconds": "under 3",
-        "fuse an ONNX graph of 50 multi-branch layers, seconds": "under 5",
-    }
-    for _ in range(repeats):
-        for job in JOBS:
-            for name, value in json.loads(_python("-m", "rep_backbones.yolo.benchmark", "--job", job)).items():
-                rows.setdefault(name, []).append(value)
-    with tempfile.TemporaryDirectory() as folder:
-        for pairs, promise in ((_imports(), "at most 0.3 s more"), (_exports(Path(folder)), "at most 1.5 times")):
-            for _ in range(repeats):
-                for title, command in pairs:  # in turn, so that a slow moment of the machine meets both
-                    start = time.perf_counter()
-                    _python(*command)
-                    rows.setdefault(title, []).append(time.perf_counter() - start)
-            promises[pairs[-1][0]] = promise
-    return [(name, values, promises.get(name, "")) for name, values in rows.items()]
-
-
-def _imports() -> list[tuple[str, list[str]]]:
-    return [
-        ("from ultralytics import YOLO, seconds", ["-c", "from ultralytics import YOLO"]),
-        ("the same and import rep_backbones, seconds", ["-c", "from ultralytics import YOLO; import rep_backbones"]),
-    ]
-
-
-def _exports(folder: Path) -> list[tuple[str, list[str]]]:
-    model = YOLO("efficientrep-s.yaml")
-    shuffled(model.model)  # type: ignore[arg-type]
-    model.save(folder / "best.pt")
-    _python(str(ROOT / "tools" / "fuse_export.py"), str(folder / "best.pt"))
-    stock = f"from ultralytics import YOLO; YOLO(r'{folder / 'best_deploy.pt'}').export(format='onnx')"
-    return [
-        ("stock export of efficientrep-s_deploy.pt to ONNX at 640 px, seconds", ["-c", stock]),
-        (
-            "tools/fuse_export.py of efficientrep-s.pt, latency measured too, seconds",
-            [str(ROOT / "tools" / "fuse_export.py"), str(folder / "best.pt")],
-        ),
-        (
-            "the same with --no-latency, proofs and report included, seconds",
-            [str(ROOT / "tools" / "fuse_export.py"), str(folder / "best.pt"), "--no-latency"],
-        ),
-    ]
-
-
-def _python(*arguments: str) -> str:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as for whoever uses them
-    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"python {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-
-
-def table(rows: list[tuple[str, list[float], str]]) -> str:
-    """The rows as a Markdown table with median and spread."""
-    lines = ["| measured | median | smallest to largest | runs | promised |", "|---|---|---|---|---|"]
-    for name, values, promise in rows:
-        spread = f"{_short(min(values))} to {_short(max(values))}"
-        lines.append(f"| {name} | {_short(statistics.median(values))} | {spread} | {len(values)} | {promise} |")
-    return "\n".join(lines) + "\n"
-
-
-def _short(value: float) -> str:
-    return f"{value:.1e}" if value < 1e-3 else f"{value:.2f}"
-
-
-def device() -> str:
-    """The machine, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+# the visible table: a word -> what measures it, given the device, whether it is a first look, a pattern, and runs
+Measures = Callable[[torch.device, bool, str, "int | None"], Findings]
+WORDS: dict[str, Measures] = {"train": training.measured, "infer": inference.measured, "fuse": fusing.measured}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write it to `<out>/<device>.md` if asked to; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder to write the table to (default: print it only)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each (default: 5)")
-    parser.add_argument("--job", choices=sorted(JOBS), help=argparse.SUPPRESS)
+    """Measure, print the page, and write it with its data and picture to `--out` if asked to; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=WORDS, default="fuse", help="what is measured (default: fuse)")
+    parser.add_argument("--device", help="cpu, or the number of a CUDA device (default: a GPU if there is one)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write a page, JSON and a picture")
+    parser.add_argument("--quick", action="store_true", help="a first look: tiny sizes, few runs")
+    parser.add_argument("--only", metavar="PATTERN", default="*", help="blocks and models whose names match, as 'Rep*'")
+    parser.add_argument("--repeats", type=int, metavar="N", help="runs of each at most (default: as many as are needed)")
     options = parser.parse_args(argv)
-    if options.job:
-        print(json.dumps(JOBS[options.job]()))
-        return 0
-    return ended("benchmark", lambda: _write(options))
+    command = shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    return ended("benchmark", lambda: _run(options, command), interrupted="interrupted; older results are as they were")
 
 
-def _write(options: argparse.Namespace) -> int:
-    folder = writable_folder(options.out) if options.out else None
-    text = table(measured(max(options.repeats, 1)))
-    if folder:
-        about: Any = ", ".join(f"{name} {version}" for name, version in versions().items())
-        file = folder / (device().lower().replace(",", "").replace(" ", "-") + ".md")
-        with replacing(file) as temporary:
-            temporary.write_text(f"# {device()}\n\nWritten by `tools/benchmark.py` with {about}.\n\n{text}")
-    print(text)
+def _run(options: argparse.Namespace, command: str) -> int:
+    device, lacking = found(options.device)
+    if lacking:
+        raise ValueError(f"{lacking}; give --device cpu")
+    if options.repeats is not None and options.repeats < 1:
+        raise ValueError(f"--repeats {options.repeats} is not accepted; give a whole number from 1")
+    place = at_hand(device)
+    if options.out:
+        writable_folder(options.out)
+    measured = WORDS[options.what](place, options.quick, options.only, options.repeats)
+    if options.out:
+        results.write(options.out, options.what, measured, machine(place), command, quick=options.quick)
+    print(results.page(measured, machine(place), command, quick=options.quick))
     return 0
 
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from rep_backbones.export import diagram
 from rep_backbones.export.files import writable_folder
 from rep_backbones.fuse import fuse
-from rep_backbones.registry import LAYERS
+from rep_backbones.registry import LAYERS, ours
 from rep_backbones.yolo import pages
-from rep_backbones.yolo.benchmark import ROOT, device
 from rep_backbones.yolo.command import ended
+from rep_backbones.yolo.devices import machine
 from rep_backbones.yolo.training_cost import plain_twin, step_costs
 
 TOOL = "tools/block_pages.py"
@@ -27,11 +27,6 @@ BATCH, CHANNELS, SIZE = 8, 64, 40
 HEADER = (
     "| block | parameters training | deployed | step time | smallest to largest | activations kept |\n" + "|---" * 6 + "|"
 )
-
-
-def ours() -> list[str]:
-    """The names of this package's own layers."""
-    return sorted(name for name, layer in LAYERS.items() if layer.cls.__module__.startswith("rep_backbones."))
 
 
 def draw(name: str, folder: Path) -> Path:
@@ -49,17 +44,15 @@ def row(name: str, x: torch.Tensor, repeats: int) -> str:
     deployed = sum(p.numel() for p in fuse(layer.eval()).parameters())
     twin = plain_twin(layer)
     costs = step_costs({"layer": layer, "twin": twin}, x, repeats)
-    plain = statistics.median(costs["twin"].seconds)
-    times = [seconds / plain for seconds in costs["layer"].seconds]
-    kept = costs["layer"].saved / costs["twin"].saved
+    times, kept = costs["layer"].times(costs["twin"]), costs["layer"].memory(costs["twin"])
     parameters = sum(p.numel() for p in layer.parameters())
     time = f"{statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f}"
     return f"| [{name}](#{name.lower()}) | {parameters:,} | {deployed:,} | {time} | {kept:.2f} |"
 
 
 def table(names: Sequence[str], repeats: int) -> Iterator[str]:
-    x = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    setting = f"{CHANNELS} channels in and out, {BATCH} pictures of {SIZE} x {SIZE}, float32, {device()}"
+    x = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    setting = f"{CHANNELS} channels in and out, {BATCH} pictures of {SIZE} x {SIZE}, float32, {machine()}"
     yield (
         f"{setting}, median of {repeats} steps "
         "in turn. Times and activations are multiples of the plain twin's: the layer of the same deployed form, each of its "
@@ -71,7 +64,8 @@ def table(names: Sequence[str], repeats: int) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, measure, and put the table between the marks of docs/blocks.md; returns the exit status."""
     parser = argparse.ArgumentParser(prog="block_pages.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "blocks.md", help="page with the marks (%(default)s)")
+    page = pages.ROOT / "docs" / "blocks.md"
+    parser.add_argument("--out", type=Path, default=page, help="page with the marks (%(default)s)")
     parser.add_argument("--blocks", nargs="+", choices=ours(), default=ours(), help="blocks (default: all)")
     parser.add_argument("--repeats", type=int, default=15, help="steps of each (default: 15)")
     options = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from dataclasses import replace
@@ -22,17 +23,26 @@ def here(settings: Settings) -> tuple[Settings, str]:
     Raises:
         ValueError: a device that is neither the CPU nor a CUDA device.
     """
-    given = settings.device
+    device, lacking = found(settings.device)
+    return replace(settings, device=device), lacking and f"{lacking}; all that a CPU can make is made on the CPU"
+
+
+def found(given: str | None) -> tuple[str | None, str]:
+    """The device as Ultralytics calls it, None where it is left open or not here, and what is lacking then, or "".
+
+    Raises:
+        ValueError: as `here`.
+    """
     if given is None or given == "cpu":
-        return settings, ""
-    found = _CUDA.fullmatch(given.strip().lower())
-    if found is None:
+        return given, ""
+    named = _CUDA.fullmatch(given.strip().lower())
+    if named is None:
         raise ValueError(f"--device {given} is not known; accepted are cpu, and the number of a CUDA device, such as 0")
-    index, count = int(found[1] or 0), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index, count = int(named[1] or 0), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index < count:
-        return replace(settings, device=str(index)), ""
+        return str(index), ""
     there = f"there are {count}, counted from 0" if count else "PyTorch finds no CUDA device here"
-    return replace(settings, device=None), f"--device {given}: {there}; all that a CPU can make is made on the CPU"
+    return None, f"--device {given}: {there}"
 
 
 def at_hand(given: str | None) -> torch.device:
@@ -47,6 +57,14 @@ def described(device: str) -> str:
     if device != "cpu":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({_processor()}, {torch.get_num_threads()} threads)"
+
+
+def machine(place: torch.device | None = None) -> str:
+    """The machine, in words, such as "AMD EPYC, 2 cores"; on a GPU, by default the first one, that one's name."""
+    place = at_hand(None) if place is None else place
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    return f"{_processor()}, {os.cpu_count()} cores"
 
 
 def _processor() -> str:

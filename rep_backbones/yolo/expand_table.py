@@ -26,9 +26,9 @@ from rep_backbones.registry import LAYERS
 from rep_backbones.rules import multi_branch
 from rep_backbones.verify import verify
 from rep_backbones.yolo import pages
-from rep_backbones.yolo.benchmark import ROOT, shuffled
 from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.expanding import expand
+from rep_backbones.yolo.shuffled import shuffled
 
 TOOL = "tools/expand_table.py"  # as in the mark of the page
 HEADER = (
@@ -216,7 +216,8 @@ def tables(names: Sequence[str], blocks: Sequence[str]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and put the tables between the two marks of docs/expand.md; returns the exit status."""
     parser = argparse.ArgumentParser(prog="expand_table.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "expand.md", help="file with the marks (%(default)s)")
+    page = pages.ROOT / "docs" / "expand.md"
+    parser.add_argument("--out", type=Path, default=page, help="file with the marks (%(default)s)")
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="networks (default: all)")
     parser.add_argument("--blocks", nargs="+", choices=sorted(LAYERS), default=sorted(LAYERS), help="blocks (default: all)")
     options = parser.parse_args(argv)

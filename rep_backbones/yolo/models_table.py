@@ -27,12 +27,12 @@ from rep_backbones.export.latency import Latency, measure_apart
 from rep_backbones.export.onnx_model import session
 from rep_backbones.export.report import Counts, versions
 from rep_backbones.yolo import artifacts, names, pages
-from rep_backbones.yolo.benchmark import ROOT, shuffled
 from rep_backbones.yolo.command import ended
 from rep_backbones.yolo.deploy import save_deploy
 from rep_backbones.yolo.devices import described
 from rep_backbones.yolo.fuse_export import Settings, counts
 from rep_backbones.yolo.published import PUBLISHED
+from rep_backbones.yolo.shuffled import shuffled
 from rep_backbones.yolo.switches import no_downloads, no_installs, quiet
 
 TOOL = "tools/models_table.py"  # as in the mark of the page
@@ -193,7 +193,7 @@ def _write(options: argparse.Namespace, command: str) -> int:
         raise ValueError(f"--runs {options.runs} is not accepted; give a whole number from 1, or --no-latency")
     if options.imgsz is not None and (options.imgsz < STEP or options.imgsz % STEP):
         raise ValueError(f"--imgsz {options.imgsz} is not accepted; give a multiple of {STEP}")
-    page = options.out or (None if options.only else ROOT / "docs" / "models.md")
+    page = options.out or (None if options.only else pages.ROOT / "docs" / "models.md")
     if page:
         pages.check(page, TOOL)
     about = ", ".join(f"{name} {version}" for name, version in versions().items() if name in WITH)

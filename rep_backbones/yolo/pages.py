@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rep_backbones.export.files import replacing, writable_folder
 
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 END = "<!-- end -->"
 
 

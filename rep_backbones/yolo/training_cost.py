@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rep_backbones.containers import Gate
+from rep_backbones.export.latency import rounds
 from rep_backbones.fuse import fuse
 
 
 def plain_twin(layer: nn.Module) -> nn.Module:
-    """The plain layer of the same deployed form: each convolution of the fused one with a norm behind it, in train mode."""
-    fused = fuse(layer.eval(), foreign="keep")
+    """The plain layer or network of the same deployed form: each convolution that fusing made has a norm; in train mode.
+
+    `layer` itself is in train mode afterwards too.
+    """
     layer.train()
-    gates = [module for module in fused.modules() if isinstance(module, Gate)]
-    inside = {module for gate in gates for module in gate.modules()}
-    return _with_norms(fused, inside).train().requires_grad_(True)
+    twin = copy.deepcopy(layer).eval()
+    kept = set(twin.modules())
+    return _with_norms(fuse(twin, inplace=True), kept).train().requires_grad_(True)
 
 
 def _with_norms(module: nn.Module, kept: set[nn.Module]) -> nn.Module:
@@ -34,41 +38,76 @@ def _with_norms(module: nn.Module, kept: set[nn.Module]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Cost:
-    """One training step of a layer: seconds of each run, and bytes of activations kept for the backward."""
+    """Training steps of a layer.
+
+    Attributes:
+        seconds: of each step.
+        saved: bytes of activations kept for the backward.
+        peak: bytes that the device's allocator held at most in a step, beyond what it held before; None on the CPU.
+    """
 
     seconds: list[float]
     saved: int
+    peak: int | None = None
+
+    def times(self, twin: Cost) -> list[float]:
+        """Each step as a multiple of the twin's in the same round, which a slow moment of the machine meets alike."""
+        return [own / other for own, other in zip(self.seconds, twin.seconds)]
+
+    def memory(self, twin: Cost) -> float:
+        """The peak, or on the CPU the activations, as a multiple of the twin's."""
+        if self.peak is not None and twin.peak is not None:
+            return self.peak / twin.peak
+        return self.saved / twin.saved
 
 
-def step_costs(layers: Mapping[str, nn.Module], x: Tensor, repeats: int = 15, warmup: int = 3) -> dict[str, Cost]:
+def step_costs(
+    layers: Mapping[str, nn.Module],
+    x: Tensor,
+    repeats: int = 15,
+    warmup: int = 3,
+    seconds: float = math.inf,
+    each: Callable[[], object] = lambda: None,
+) -> dict[str, Cost]:
     """Forward and backward of each layer, in turn, so that a slow moment of the machine meets all of them.
 
     Args:
-        layers: in train mode, on the device of `x`, `(n, c, h, w)`.
+        layers: in train mode, on the device of `x`, `(n, c, h, w)`; each gives a feature map, whose mean square is the loss,
+            or a loss, `()`.
+        x: the input, whose gradient is computed too if it requires one.
+        repeats, warmup, seconds, each: as `runs`, `warmup`, `seconds` and `each` of `latency.rounds`.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
     saved = {name: saved_bytes(layer, x) for name, layer in layers.items()}
-    for index in range(warmup + repeats):
-        for name, layer in layers.items():
-            taken = _step(layer, x)
-            if index >= warmup:
-                seconds[name].append(taken)
-    return {name: Cost(seconds[name], saved[name]) for name in layers}
+    peaks = {name: peak_bytes(layer, x) for name, layer in layers.items()}
+    steps = {name: partial(_step, layer, x) for name, layer in layers.items()}
+    taken = rounds(steps, runs=repeats, warmup=warmup, seconds=seconds, each=each)
+    return {name: Cost([ms / 1e3 for ms in taken[name]], saved[name], peaks[name]) for name in layers}
 
 
-def _step(layer: nn.Module, x: Tensor) -> float:
+def _step(layer: nn.Module, x: Tensor) -> None:
     layer.zero_grad(set_to_none=True)
-    given = x.detach().requires_grad_()
-    _finish(x)
-    start = time.perf_counter()
-    layer(given).square().mean().backward()
-    _finish(x)
-    return time.perf_counter() - start
-
-
-def _finish(x: Tensor) -> None:
+    out = layer(_fresh(x))
+    (out.square().mean() if out.dim() else out).backward()
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
+
+
+def _fresh(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def peak_bytes(layer: nn.Module, x: Tensor) -> int | None:
+    """The most that PyTorch's CUDA allocator holds during a step beyond what it held before; None on the CPU."""
+    if not x.is_cuda:
+        return None
+    _step(layer, x)  # workspaces are allocated once
+    layer.zero_grad(set_to_none=True)
+    before = torch.cuda.memory_allocated(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    _step(layer, x)
+    found = torch.cuda.max_memory_allocated(x.device) - before
+    layer.zero_grad(set_to_none=True)
+    return found
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
@@ -83,5 +122,5 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x.detach().requires_grad_())
+        layer(_fresh(x))
     return sum(storage.nbytes() for storage in kept.values())

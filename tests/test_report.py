@@ -96,6 +96,7 @@ def test_a_missing_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = saved(tmp_path)
+
     def wrong(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         fused, places = fuse_and_map(model)
         for path in places.values():

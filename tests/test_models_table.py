@@ -50,6 +50,11 @@ def test_numbers_are_those_of_a_report(tmp_path: Path) -> None:
     assert row == ["154534", "150790", "0.1", "0.1", "4", "26", "22"]
 
 
+def test_a_deep_network_of_many_branches_is_counted_and_proved(tmp_path: Path) -> None:
+    found, file = counted("mobileone-s0.yaml", tmp_path, size=64, export=True)
+    assert (found.before.multi_branch_layers, found.after.multi_branch_layers) == (43, 0) and file is not None
+
+
 def test_the_part_between_the_marks_is_written(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(page), "--imgsz", "64", "--runs", "1"]) == 0
     text = page.read_text()
@@ -126,7 +131,7 @@ def test_the_committed_page_has_every_model_as_it_is() -> None:
     there = {row[0]: dict(zip(range(1, len(row)), row[1:])) for row in rows}
     assert set(PACKAGED) <= there.keys() and there.keys() <= {*PACKAGED, *names.packaged()}
     for name in PACKAGED:
-        parameters, layers = numbers_on_paper(name)
+        parameters, layers, _ = numbers_on_paper(name)
         row = there[name]
         assert (row[1], row[5]) == (f"{parameters:,}", str(layers)), f"{name} has changed: run python {TOOL}"
         assert row[10] == PUBLISHED.get(name.removesuffix(".yaml"), "")

@@ -211,6 +211,38 @@ class AffineConv:
         """The same map with one group."""
         return self.regrouped(1)
 
+    def tightened(self) -> AffineConv:
+        """The same map with the fewest taps and the most groups: `embedded`, `undilated`, `regrouped` backwards.
+
+        Zero borders are cut as far as the padding is, on both sides alike; rows and columns of zeros between taps become
+        dilation, and zeros between blocks of channels become groups.
+        """
+        value = self.undilated()
+        cut, dilation = [], []
+        for axis, (size, padding) in enumerate(zip(value.kernel_size, value.padding)):
+            taps = value.weight.ne(0).any(3 - axis).any(1).any(0).nonzero().flatten().tolist() or [(size - 1) // 2]
+            cut.append(max(min(taps[0], size - 1 - taps[-1], padding), 0))
+            ends = [0, size - 1 - 2 * cut[axis]]  # both must stay taps, or the extent would change
+            dilation.append(gcd(*ends, *(t - cut[axis] for t in taps)) or 1)
+        (ch, cw), (dh, dw), (kh, kw), (ph, pw) = cut, dilation, value.kernel_size, value.padding
+        weight = value.weight[:, :, ch : kh - ch : dh, cw : kw - cw : dw]
+        return replace(value, weight=weight, padding=(ph - ch, pw - cw), dilation=(dh, dw))._split()
+
+    def _split(self) -> AffineConv:
+        """With the most groups that lose nothing: the kernel of each present group is block-diagonal in equal blocks."""
+        g, (c2, cg, kh, kw) = self.groups, self.weight.shape
+        meet = self.weight.ne(0).any(3).any(2).reshape(g, c2 // g, cg).any(0)  # (c2 / g, c1 / g), in any of the groups
+        for parts in range(gcd(c2 // g, cg), 1, -1):
+            if (c2 // g) % parts or cg % parts:
+                continue
+            blocks = meet.reshape(parts, c2 // g // parts, parts, cg // parts).any(3).any(1)
+            if not (blocks & ~torch.eye(parts, dtype=torch.bool, device=blocks.device)).any():
+                inner = torch.arange(parts, device=blocks.device)
+                weight = self.weight.reshape(g, parts, c2 // g // parts, parts, cg // parts, kh, kw)[:, inner, :, inner]
+                weight = weight.transpose(0, 1).reshape(c2, cg // parts, kh, kw)
+                return replace(self, weight=weight, groups=g * parts)
+        return self
+
     # ---- the algebra ------------------------------------------------------------------------------------------------
 
     def scaled(self, factor: Tensor) -> AffineConv:

@@ -10,13 +10,15 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from rep_backbones.affine import AffineConv, AlgebraError
 from rep_backbones.containers import Block, children_of
+from rep_backbones.foreign.fusing import Found, fuse_measured
+from rep_backbones.foreign.measure import MEMORY
 from rep_backbones.pairs import NORMS
 from rep_backbones.rules import (
     RULES,
@@ -26,17 +28,28 @@ from rep_backbones.rules import (
     is_series,
     merges,
     multi_branch,
+    placed,
     refuse_unready,
     seen_as,
 )
 
-Foreign = Literal["keep", "refuse"]
-# What Ultralytics writes on each row of a model; the fused layer takes its place in the graph.
-ROW_MARKS = ("i", "f", "type", "np")
+
+class Fused(NamedTuple):
+    """A fused model, and how it came about.
+
+    Attributes:
+        model: fused, in eval mode.
+        places: where each layer that was merged by rules went: its dotted path before -> that of its convolution after.
+        foreign: modules without a rule that were measured, and what became of each.
+    """
+
+    model: nn.Module
+    places: dict[str, str]
+    foreign: list[Found]
 
 
 def fuse(
-    model: nn.Module, *, inplace: bool = False, foreign: str = "keep", example: torch.Tensor | None = None
+    model: nn.Module, *, inplace: bool = False, foreign: str = "keep", example: Any = None, memory: int = MEMORY
 ) -> nn.Module:
     """A copy of the model in eval mode with one convolution for each multi-branch layer.
 
@@ -45,24 +58,31 @@ def fuse(
             gives the shapes of the fused model.
         inplace: change `model` itself and return it (a lone block is returned anew, as its type changes). All kernels are
             folded before the first layer is replaced, so a model that can't be fused stays whole.
-        foreign: "keep" leaves layers of unknown types as they are; "refuse" raises for a module of an unknown type
-            that holds several convolutions side by side.
-        example: reserved for layers without a rule; not used by "keep" and "refuse".
+        foreign: what to do with layers of unknown types. "keep" leaves them as they are; "refuse" raises for those
+            that hold several convolutions side by side; "measure" finds what is affine in them by its answers to impulses,
+            proves it in float64, and merges it where that takes no more FLOPs. What is not proved stays as it is; `report`
+            tells what and why.
+        example: for "measure": an input of the model, on its device, such as one small picture `(1, 3, 64, 64)`.
+        memory: for "measure": bytes that its intermediate results may take.
 
     Raises:
         FoldError: in train mode, with forward hooks, with NaN or inf in the weights, for a branch that can't be folded.
-        ValueError: for another `foreign`.
+        ValueError: for another `foreign`, and for "measure" without an example, or with one that the model does not take.
         TypeError: for anything but a module.
     """
-    return fuse_and_map(model, inplace=inplace, foreign=foreign)[0]
+    return report(model, inplace=inplace, foreign=foreign, example=example, memory=memory).model
 
 
-def fuse_and_map(model: nn.Module, *, inplace: bool = False, foreign: str = "keep") -> tuple[nn.Module, dict[str, str]]:
-    """`fuse`, and where each merged layer went: its dotted path before -> the path of its convolution after."""
+def report(
+    model: nn.Module, *, inplace: bool = False, foreign: str = "keep", example: Any = None, memory: int = MEMORY
+) -> Fused:
+    """`fuse`, and where each layer went, and what became of those without a rule; arguments and errors as there."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse takes a torch.nn.Module, got {type(model).__name__}; of a YOLO(...) give its .model")
-    if foreign not in ("keep", "refuse"):
-        raise ValueError(f"foreign={foreign!r} is not available; accepted are 'keep' and 'refuse'")
+    if foreign not in ("keep", "refuse", "measure"):
+        raise ValueError(f"foreign={foreign!r} is not available; accepted are 'keep', 'refuse' and 'measure'")
+    if foreign == "measure" and example is None:
+        raise ValueError("foreign='measure' needs example=..., an input of the model, such as torch.rand(1, 3, 64, 64)")
     parts = list(_parts(model))
     _refuse_unready(model, parts)
     if foreign == "refuse":
@@ -81,7 +101,10 @@ def fuse_and_map(model: nn.Module, *, inplace: bool = False, foreign: str = "kee
     left = [path for path, _, _ in multi_branch(model)]
     if left:
         raise FoldError(f"multi-branch layers are left after fusing: {', '.join(left[:5])}")
-    return model.eval(), places
+    found: list[Found] = []
+    if foreign == "measure":
+        model, found = fuse_measured(model, example, memory)
+    return Fused(model.eval(), places, found)
 
 
 @dataclass(frozen=True)
@@ -183,14 +206,14 @@ def _replaced(
     """The module with its folded parts in their places; `done` knows what was replaced already, under another name."""
     seen = seen_as(module)
     if path in folded and not isinstance(seen, Block):
-        return _marked(folded[path], module)
+        return placed(folded[path], module)
     if id(module) in done:
         return done[id(module)][1]
     new = module
     children = children_of(seen)
     if isinstance(seen, Block) and path in folded:
         tail = OrderedDict((str(i), _replaced(m, _join(path, n), folded, done)) for i, (n, m) in enumerate(children[1:], 1))
-        new = _marked(nn.Sequential(OrderedDict({"0": folded[path], **tail})), module)
+        new = placed(nn.Sequential(OrderedDict({"0": folded[path], **tail})), module)
     else:
         for index, (name, child) in enumerate(children):
             before = _join(path, children[index - 1][0]) if index else ""
@@ -222,21 +245,20 @@ def _refuse_unready(model: nn.Module, parts: list[_Part]) -> None:
 
 
 def _refuse_foreign(model: nn.Module) -> None:
+    unknown = []
     for path, module in model.named_modules():
         convs = sum(isinstance(c, nn.Conv2d) for c in module.children())
         if convs > 1 and not isinstance(module, (nn.Sequential, nn.ModuleList)) and type(module) not in RULES:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            raise FoldError(
-                f"{kind} holds {convs} convolutions and has no rule; register one in rep_backbones.rules.RULES or VIEWS",
-                path,
-            )
-
-
-def _marked(fused: nn.Module, original: nn.Module) -> nn.Module:
-    for mark in ROW_MARKS:
-        if mark in vars(original):
-            setattr(fused, mark, vars(original)[mark])
-    return fused.eval()
+            unknown.append((path, f"{kind} holds {convs} convolutions"))
+    if unknown:
+        (path, first), others = unknown[0], [f"{path} ({what})" for path, what in unknown[1:6]]
+        more = f"; so do {', '.join(others)}{' ...' * (len(unknown) > 6)}" if others else ""
+        raise FoldError(
+            f"{first} and has no rule{more}. Register one in rep_backbones.rules.RULES or VIEWS, or measure what they are: "
+            "foreign='measure', example=an input of the model",
+            path,
+        )
 
 
 def _join(path: str, name: str) -> str:

@@ -23,6 +23,9 @@ from rep_backbones.containers import Block, Concat, Filter, PaddedBatchNorm2d, P
 
 Rule = Callable[[Any, int | None], AffineConv]
 
+# What Ultralytics writes on each row of a model; the fused layer takes its place in the graph.
+ROW_MARKS = ("i", "f", "type", "np")
+
 # The type of what is made from a channel count alone, until a neighbour gives its own: 1 / 9 is then rounded last.
 _EXACT = torch.empty(0, dtype=torch.float64)
 
@@ -193,7 +196,7 @@ def in_float64(module: nn.Module) -> AffineConv:
     """
     check_numbers(module)
     with torch.no_grad():
-        return equivalent(_double(module)).to(torch.float64)
+        return equivalent(doubled(module)).to(torch.float64)
 
 
 def branch_values(part: nn.Module) -> dict[str, AffineConv]:
@@ -207,7 +210,7 @@ def branch_values(part: nn.Module) -> dict[str, AffineConv]:
     """
     check_numbers(part)
     with torch.no_grad():
-        return _shares(_double(part), None)
+        return _shares(doubled(part), None)
 
 
 def branch_names(part: nn.Module) -> list[str]:
@@ -236,7 +239,8 @@ def _shares(module: nn.Module, channels: int | None) -> dict[str, AffineConv]:
     return {name: _chained(names, [*values[:index], v, *values[index + 1 :]]) for name, v in shares.items()}
 
 
-def _double(module: nn.Module) -> nn.Module:
+def doubled(module: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU."""
     # The memo makes the copy take float64 tensors at once: a plain deepcopy would hold the numbers twice in passing.
     memo: dict[int, Any] = {id(p): nn.Parameter(_on_cpu(p, torch.float64)) for p in module.parameters()}
     for b in module.buffers():
@@ -345,6 +349,14 @@ def _is_affine(module: nn.Module) -> bool:
 
 def _has_branches(module: nn.Module) -> bool:
     return any(type(part) in MERGED for part in module.modules())
+
+
+def placed(new: nn.Module, old: nn.Module) -> nn.Module:
+    """`new` in eval mode, in the place of `old` in the graph of an Ultralytics model if that has one."""
+    for mark in ROW_MARKS:
+        if mark in vars(old):
+            setattr(new, mark, vars(old)[mark])
+    return new.eval()
 
 
 def multi_branch(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:

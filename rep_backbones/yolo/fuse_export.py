@@ -23,7 +23,7 @@ from ultralytics.utils.torch_utils import get_flops
 
 from rep_backbones.export.files import TargetError, disk_is_full, place, replacing, workplace, writable_folder
 from rep_backbones.export.report import Counts, Report, bytes_of, proof, sha256
-from rep_backbones.fuse import fuse_and_map
+from rep_backbones.fuse import report as fuse_report
 from rep_backbones.rules import FoldError, check_numbers, multi_branch
 from rep_backbones.verify import Mismatch, verify
 from rep_backbones.yolo import artifacts, checkpoint, devices, timing, with_data
@@ -271,7 +271,7 @@ def _fused(loaded: checkpoint.Checkpoint, making: Making, batch: Tensor, paths: 
     side = (min(batch.shape[2], small), min(batch.shape[3], small))
     shown = pictures(side, batch.shape[1], paths)
     try:
-        fused, places = fuse_and_map(model)
+        fused, places, _ = fuse_report(model)
         report.layers = layer_proofs(model, fused, places, shown[:1])
         about = {"date": loaded.date, "version": loaded.version, "train_args": loaded.args}
         known_about = {key: value for key, value in about.items() if value is not None}

@@ -71,7 +71,7 @@ def layer_proofs(model: nn.Module, fused: nn.Module, places: Mapping[str, str], 
     Compared is what stands in front of the activation, behind which a wrong channel may be zero by chance.
 
     Args:
-        fused, places: of `fuse_and_map`.
+        fused, places: of `fuse.report`.
     """
     convs = dict(fused.named_modules())
     layers = {path: (layer, part) for path, layer, part in multi_branch(model)}

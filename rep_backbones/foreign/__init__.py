@@ -1,0 +1,1 @@
+"""Fusing layers that have no rule: measured, proved, and put in place."""

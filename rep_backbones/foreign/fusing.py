@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from rep_backbones.affine import AffineConv
 from rep_backbones.foreign.cost import Cost, cost
 from rep_backbones.foreign.graph import Part, Steps
-from rep_backbones.foreign.measure import MEMORY, Map, NotAConvolution, measured
+from rep_backbones.foreign.measure import MEMORY, Map, NotAConvolution, answer, measured
 from rep_backbones.foreign.prove import Unproved, pictures, proved
 from rep_backbones.foreign.rebuild import below, form
 from rep_backbones.foreign.record import Seen, record
@@ -208,9 +208,8 @@ class _Work:
     def _measured(self, f: Map, x: Tensor, part: Part | None = None) -> _Merged | None:
         """None where there is nothing to merge."""
         picture = x.clone()
-        with torch.no_grad():
-            pixels = f(picture)[:, 0].numel()
-            before = cost(lambda: f(picture))
+        pixels = answer(f, picture)[:, 0].numel()
+        before = cost(lambda: answer(f, picture))
         if before.convs < 1 or before.steps < 2:
             return None
         value = measured(f, x.shape[1], self._memory, before.flops // (2 * max(pixels, 1)))

@@ -68,7 +68,7 @@ def measured(f: Map, channels: int, memory: int = MEMORY, weights: int | None = 
     """
     with torch.no_grad():
         first, strides, slacks = _sizes(f, channels)
-        constant = _constant(_answer(f, torch.zeros(1, channels, first, first, dtype=torch.float64)))
+        constant = _constant(answer(f, torch.zeros(1, channels, first, first, dtype=torch.float64)))
         for side in [s for s in SIDES if s >= first]:
             taps, loudness = _footprint(f, channels, side, strides, constant)
             if not all(taps) and side < SIDES[-1]:
@@ -80,7 +80,7 @@ def measured(f: Map, channels: int, memory: int = MEMORY, weights: int | None = 
                 if weights is not None and fewest > weights:
                     raise NotAConvolution("as one convolution it would take more FLOPs")
                 value = _kernel(f, channels, axes, constant, groups, loudness, memory)
-                if _near(_answer(f, x), value(x)):
+                if _near(answer(f, x), value(x)):
                     return value.tightened()
     raise NotAConvolution("no kernel explains its answers: it is not linear, or sees too many pixels, or not all alike")
 
@@ -89,9 +89,15 @@ def _random(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _answer(f: Map, x: Tensor) -> Tensor:
+def answer(f: Map, x: Tensor) -> Tensor:
+    """`f(x)` in float64, without a graph.
+
+    Raises:
+        NotAConvolution: it fails, or gives anything but as many pictures.
+    """
     try:
-        y = f(x)
+        with torch.no_grad():
+            y = f(x)
     except Exception as error:  # whatever other people's code raises
         size = f"{x.shape[2]}x{x.shape[3]}"
         raise NotAConvolution(f"it fails on a picture of {size} ({type(error).__name__}: {_line(error)})") from error
@@ -117,7 +123,7 @@ def _sizes(f: Map, channels: int) -> tuple[int, list[int], list[int]]:
 def _growth(f: Map, channels: int, side: int) -> tuple[list[int], list[int]]:
     outs: list[Pair] = []
     for n in range(side, side + 2 * MAX_STRIDE + 1):
-        h, w = _answer(f, torch.zeros(1, channels, n, n, dtype=torch.float64)).shape[2:]
+        h, w = answer(f, torch.zeros(1, channels, n, n, dtype=torch.float64)).shape[2:]
         outs.append((h, w))
         if all(len(_steps([o[axis] for o in outs])) >= 2 for axis in (0, 1)):
             break
@@ -162,7 +168,7 @@ def _footprint(f: Map, channels: int, side: int, strides: list[int], constant: T
     x = torch.zeros(len(pixels), channels, side, side, dtype=torch.float64)
     for n, (row, column) in enumerate(pixels):
         x[n, :, row, column] = amplitudes
-    response = (_answer(f, x) - constant.reshape(-1, 1, 1)).abs()
+    response = (answer(f, x) - constant.reshape(-1, 1, 1)).abs()
     peak, floor = float(response.max()), 64 * EPS * constant.abs().reshape(-1, 1, 1)
     seen = (response > 1e-13 * peak + floor).any(1)  # (pixels, h', w')
     taps = [_taps(seen.any(2 - axis), [pixel[axis] for pixel in pixels], strides[axis]) for axis in (0, 1)]
@@ -194,7 +200,7 @@ def _groups(f: Map, channels: int, axes: list[_Axis], constant: Tensor) -> int:
     for channel in sorted({0, channels // 2, channels - 1}):
         x = torch.zeros(1, channels, *size, dtype=torch.float64)
         x[:, channel] = torch.randn(size, dtype=torch.float64, generator=_random(channel))
-        response = (_answer(f, x)[0] - constant.reshape(-1, 1, 1)).abs().amax((1, 2))
+        response = (answer(f, x)[0] - constant.reshape(-1, 1, 1)).abs().amax((1, 2))
         reached = (response > 64 * EPS * (constant.abs() + response.max())).nonzero().flatten().tolist()
         while groups > 1 and any(o * groups // c2 != channel * groups // channels for o in reached):
             groups -= 1
@@ -210,7 +216,7 @@ def _kernel(
     inner, c2 = channels // groups, len(constant)
     offsets = [(a, b) for a in range(rows.stride) for b in range(columns.stride)]
     one = torch.zeros(1, channels, rows.side, columns.side, dtype=torch.float64)
-    each = cost(lambda: _answer(f, one)).bytes + one.numel() * one.element_size()
+    each = cost(lambda: answer(f, one)).bytes + one.numel() * one.element_size()
     at_once = max(1, memory // (each * len(offsets)))
     weight = torch.zeros(c2, inner, rows.extent, columns.extent, dtype=torch.float64)
     for start in range(0, inner, at_once):
@@ -220,7 +226,7 @@ def _kernel(
             x = one.new_zeros(len(chunk), *one.shape[1:])
             for n, channel in enumerate(chunk):
                 x[n, channel::inner, row, column] = loudness
-            response = (_answer(f, x) - constant.reshape(-1, 1, 1)) / loudness
+            response = (answer(f, x) - constant.reshape(-1, 1, 1)) / loudness
             (i, top), (j, left) = rows.outputs(row), columns.outputs(column)
             found = response[:, :, i][:, :, :, j].transpose(0, 1)  # (c2, chunk, taps, taps)
             for n, tap in enumerate(top):

@@ -79,6 +79,10 @@ def fuse_measured(model: nn.Module, example: Any, memory: int = MEMORY) -> tuple
     return new, work.found
 
 
+class _NoSteps(ValueError):
+    """A forward that can't be taken apart: why."""
+
+
 class _Left(ValueError):
     """A module that is left as it was: why."""
 
@@ -141,9 +145,10 @@ class _Work:
         except Exception as error:  # whatever other people's classes do when they are copied
             raise _Left(f"can't be copied ({type(error).__name__}: {error})") from error
         twins = dict(zip(double.modules(), module.modules()))
-        steps = self._steps(double, twins, x)
-        if steps is None:
-            return self._set_aside(module, double, seen, x)
+        try:
+            steps = self._steps(double, twins, x)
+        except _NoSteps as error:
+            return self._set_aside(module, double, x, str(error))
         parts, refused = self._parts(steps)
         if reason := unmerged_sum(steps, list(parts), refused, lambda m: self._of(twins, m).convs > 0):
             self._note(module, outcome="left", reason=reason, convs_before=seen.convs, convs_after=seen.convs)
@@ -157,7 +162,7 @@ class _Work:
                 result: Tensor = built(picture)
                 return result
 
-        worst = proved(double, candidate, _around(x), WHOLE)
+        worst = proved(double, candidate, _around(x, steps.decided), WHOLE)
         like = _first_number(module)
         convs = {part: _cast(found.value, like) for part, found in parts.items()}
         new = placed(made.build(module, convs), module)
@@ -170,19 +175,20 @@ class _Work:
     def _of(self, twins: Mapping[nn.Module, nn.Module], module: nn.Module) -> Seen:
         return self._seen.get(twins.get(module, module), Seen())
 
-    def _steps(self, double: nn.Module, twins: Mapping[nn.Module, nn.Module], x: Tensor) -> Steps | None:
+    def _steps(self, double: nn.Module, twins: Mapping[nn.Module, nn.Module], x: Tensor) -> Steps:
         def curved(m: nn.Module) -> bool:
             return self._of(twins, m).curved
 
         # a norm and an activation in one module: the norm may belong to the convolution in front
         inner = {m for m in double.modules() if m is not double and curved(m) and not self._of(twins, m).convs}
         opened = {m for m in inner if _norms(m)}
+        why = ""
         for some in [opened, set()] if opened else [set()]:
             try:
                 return Steps(double, x, some, curved)
-            except Exception:  # a forward that looks at its data, or is beyond torch.fx
-                continue
-        return None
+            except Exception as error:  # a forward that looks at its data, or is beyond torch.fx
+                why = f"its forward can't be traced ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        raise _NoSteps(why)
 
     def _parts(self, steps: Steps) -> tuple[dict[Part, _Merged], dict[fx.Node, str]]:
         """The parts to merge, and why others that end at a step were refused."""
@@ -219,10 +225,10 @@ class _Work:
             raise NotAConvolution("as one convolution it would take more FLOPs")
         return _Merged(part, value, error, before, after)
 
-    def _set_aside(self, module: nn.Module, double: nn.Module, seen: Seen, x: Tensor) -> nn.Module:
+    def _set_aside(self, module: nn.Module, double: nn.Module, x: Tensor, why: str) -> nn.Module:
         """The module as one convolution and the last modules that it runs."""
         called = _order_of_calls(double, x)
-        reason = "its forward can't be traced, and is not affine in front of its last modules"
+        reason = f"{why}, and is not affine in front of its last modules"
         for count in range(min(TAILS, len(called)) + 1):
             aside = called[len(called) - count :]
             rest = [module.get_submodule(name) for name in called[: len(called) - count]]
@@ -234,7 +240,7 @@ class _Work:
                     double.set_submodule(name, nn.Identity())
                 found = self._measured(double, x)
             except (NotAConvolution, Unproved) as refused:
-                reason = f"its forward can't be traced; in front of its last {count} modules {refused}"
+                reason = f"{why}; in front of its last {count} modules {refused}"
                 continue
             finally:
                 for name, tail in tails.items():
@@ -284,13 +290,14 @@ def _order_of_calls(module: nn.Module, x: Tensor) -> list[str]:
     return order
 
 
-def _around(x: Tensor) -> Iterator[Tensor]:
-    """What the model gave, and noise like it of that size and others."""
+def _around(x: Tensor, decided: bool = True) -> Iterator[Tensor]:
+    """What the model gave, and noise like it of that size and others; of many others for a forward that decides by sizes."""
     yield x
     generator = torch.Generator().manual_seed(0)
     h, w = x.shape[2:]
     spread, centre = (float(x.std()) if x.numel() > 1 else 0.0) or 1.0, float(x.mean())
-    for n, size in enumerate([(h, w), (h + 1, w), (h // 2 + 1, w + 3)]):
+    others = [(2 * h + 1, 2 * w), (4 * h, 4 * w + 1), (1, 1), (2, 3), (7, 8), (33, 32)] if decided else []
+    for n, size in enumerate([(h, w), (h + 1, w), (h // 2 + 1, w + 3), *others]):
         noise = torch.randn(1 + n % 2, x.shape[1], *size, dtype=x.dtype, generator=generator)
         yield noise * spread + centre
 

@@ -1,6 +1,6 @@
 """Cutting: the parts of a module's own `forward` that are affine from one value to another.
 
-The forward is traced symbolically (torch.fx) with the modules inside left whole, and run once on what the model gave it.
+The forward is traced (torch.fx) on what the model gave it, with the modules inside left whole.
 Each step is then tried on its own: does it answer sums with sums? From such steps the parts with one value going in and one
 coming out are listed, the largest first. Whether a part is a convolution is for measuring and proving to tell.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from rep_backbones.foreign.cost import is_picture, tensors_in
 from rep_backbones.foreign.measure import Map
+from rep_backbones.foreign.trace import Tracer, apply
 
 # steps that write into their first argument and return it; later readers of that argument read the step's result
 _WRITING = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -31,15 +32,6 @@ class Whole(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.m.forward(x)
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, opened: set[nn.Module]) -> None:
-        super().__init__()
-        self._opened = opened
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m not in self._opened
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ class Steps:
         values: of each step.
         fed: the steps that depend on the input.
         bent: those of them that are not affine.
+        decided: whether the forward took a decision by a size, which then holds for this size.
     """
 
     def __init__(self, module: nn.Module, x: Tensor, opened: set[nn.Module], curved: Callable[[nn.Module], bool]) -> None:
@@ -73,13 +66,20 @@ class Steps:
         """
         self.root = Whole(module)
         with torch.no_grad():
-            self.graph = _Tracer(opened).trace(self.root)
+            tracer = Tracer(x.clone(), opened)
+            self.graph = tracer.trace(self.root)
+            self.values = tracer.values
+            self.decided = tracer.decided
             _read_what_was_written(self.graph)
-            self.values: dict[fx.Node, Any] = {}
-            self.fed: set[fx.Node] = set()
+            self.fed: set[fx.Node] = {self.entry}
             self.bent: set[fx.Node] = set()
             for node in self.graph.nodes:
-                self._run(node, x, curved)
+                sources = [n for n in node.all_input_nodes if n in self.fed]
+                if sources and node.op != "output":
+                    self.fed.add(node)
+                    called = self.called(node)
+                    if (called is not None and curved(called)) or not self._adds_up(node, sources):
+                        self.bent.add(node)
 
     @property
     def entry(self) -> fx.Node:
@@ -94,21 +94,6 @@ class Steps:
         """The module that a step calls, if it is such a step."""
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def _run(self, node: fx.Node, x: Tensor, curved: Callable[[nn.Module], bool]) -> None:
-        if node.op == "output":
-            return
-        if node.op == "placeholder":
-            self.values[node] = x.clone()
-            self.fed.add(node)
-            return
-        sources = [n for n in node.all_input_nodes if n in self.fed]
-        if sources:
-            self.fed.add(node)
-            module = self.called(node)
-            if (module is not None and curved(module)) or not self._adds_up(node, sources):
-                self.bent.add(node)
-        self.values[node] = self.apply(node, self.values.__getitem__)
-
     def _adds_up(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         """Whether a step answers a sum of changes of its inputs with the sum of its answers."""
         given = {n: self.values[n] for n in sources}
@@ -120,23 +105,13 @@ class Steps:
         for moves in ((), (first,), (second,), (first, second)):
             moved = {n: _plus(v, [move[n] for move in moves]) for n, v in given.items()}
             try:
-                answers.append(list(tensors_in(self.apply(node, {**self.values, **moved}.__getitem__))))
+                answers.append(list(tensors_in(apply(node, self.root, {**self.values, **moved}.__getitem__))))
             except Exception:  # other values than the real ones are not accepted: it looks at its data
                 return False
         for start, one, two, both in zip(*answers):
             if not (both - one - two + start).abs().max() <= 1e-9 * both.abs().max():
                 return False
         return True
-
-    def apply(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-        """What a step makes of the values of those that it reads."""
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root)
-        args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        call: Any = node.target if node.op == "call_function" else self.called(node)
-        return call(*args, **kwargs)
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
 
@@ -167,7 +142,7 @@ class Steps:
         def run(x: Tensor) -> Tensor:
             local: dict[fx.Node, Any] = {part.entry: x}
             for node in part.inside:
-                local[node] = self.apply(node, lambda n: local[n] if n in local else self.values[n])
+                local[node] = apply(node, self.root, lambda n: local[n] if n in local else self.values[n])
             result: Tensor = local[part.exit]
             return result
 

@@ -20,6 +20,7 @@ Map = Callable[[Tensor], Tensor]  # (n, c1, h, w) -> (n, c2, h', w')
 MEMORY = 512 << 20  # bytes
 SIDES = (8, 16, 32, 64, 128)  # of the pictures that are tried, in pixels: the largest shows kernels of over 100
 MAX_STRIDE = 16
+TILED = 32  # pixels, of a picture that holds several impulses
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -214,23 +215,29 @@ def _kernel(
 ) -> AffineConv:
     rows, columns = axes
     inner, c2 = channels // groups, len(constant)
-    offsets = [(a, b) for a in range(rows.stride) for b in range(columns.stride)]
-    one = torch.zeros(1, channels, rows.side, columns.side, dtype=torch.float64)
+    # several impulses in one picture, out of each other's reach: large pictures are faster than many small ones
+    steps = [-(-axis.extent // axis.stride) * axis.stride for axis in axes]
+    tiles = [(y, x) for y in range(max(1, TILED // steps[0])) for x in range(max(1, TILED // steps[1]))][:inner]
+    height, width = (axis.side + max(tile[n] for tile in tiles) * steps[n] for n, axis in enumerate(axes))
+    one = torch.zeros(1, channels, height, width, dtype=torch.float64)
     each = cost(lambda: answer(f, one)).bytes + one.numel() * one.element_size()
-    at_once = max(1, memory // (each * len(offsets)))
+    at_once = max(1, memory // each) * len(tiles)
     weight = torch.zeros(c2, inner, rows.extent, columns.extent, dtype=torch.float64)
     for start in range(0, inner, at_once):
         chunk = range(start, min(start + at_once, inner))
-        for a, b in offsets:
-            row, column = rows.impulse + a, columns.impulse + b
-            x = one.new_zeros(len(chunk), *one.shape[1:])
-            for n, channel in enumerate(chunk):
-                x[n, channel::inner, row, column] = loudness
+        places = [(n // len(tiles), *tiles[n % len(tiles)]) for n in range(len(chunk))]
+        for a, b in ((a, b) for a in range(rows.stride) for b in range(columns.stride)):
+            x = one.new_zeros(places[-1][0] + 1, *one.shape[1:])
+            for channel, (n, row, column) in zip(chunk, places):
+                x[n, channel::inner, rows.impulse + a + row * steps[0], columns.impulse + b + column * steps[1]] = loudness
             response = (answer(f, x) - constant.reshape(-1, 1, 1)) / loudness
-            (i, top), (j, left) = rows.outputs(row), columns.outputs(column)
-            found = response[:, :, i][:, :, :, j].transpose(0, 1)  # (c2, chunk, taps, taps)
-            for n, tap in enumerate(top):
-                weight[:, chunk.start : chunk.stop, tap, left] = found[:, :, n]
+            (up, top), (across, left) = rows.outputs(rows.impulse + a), columns.outputs(columns.impulse + b)
+            for channel, (n, row, column) in zip(chunk, places):
+                i = [out + row * steps[0] // rows.stride for out in up]
+                j = [out + column * steps[1] // columns.stride for out in across]
+                found = response[n][:, i][:, :, j]  # (c2, taps, taps)
+                for tap, line in zip(top, found.unbind(1)):
+                    weight[:, channel, tap, left] = line
     size = weight.abs().amax((1, 2, 3), keepdim=True) + constant.abs().reshape(-1, 1, 1, 1) / loudness
     weight[weight.abs() <= 32 * EPS * size] = 0  # what rounding leaves of a zero
     return AffineConv(

@@ -1,15 +1,18 @@
-"""Telling why branches stay apart: where convolutions meet in a sum or concatenation that was not merged."""
+"""Telling why branches stay apart: where convolutions meet in a sum that was not merged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import chain
 
+import torch
 from torch import fx, nn
 
 from rep_backbones.foreign.cost import is_picture
 from rep_backbones.foreign.graph import Part, Steps
 from rep_backbones.foreign.rebuild import below
+
+_JOINING = {torch.cat, torch.concat, torch.concatenate}  # stages side by side, which nobody expects to be one convolution
 
 
 def unmerged_sum(
@@ -19,7 +22,7 @@ def unmerged_sum(
     merged = {node for part in parts for node in part.inside}
     for node in steps.graph.nodes:
         sources = [n for n in node.all_input_nodes if n in steps.fed]
-        if node in merged | steps.bent or not is_picture(steps.values.get(node)):
+        if node in merged | steps.bent or node.target in _JOINING or not is_picture(steps.values.get(node)):
             continue
         behind = [[n, *_ancestors(n, steps.fed)] for n in sources]
         shared = set.intersection(*map(set, behind)) if behind else set()

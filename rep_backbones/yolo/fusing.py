@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 from ultralytics.engine import predictor, validator
 from ultralytics.nn import autobackend, tasks
-from ultralytics.nn.modules import Conv, ConvTranspose, RepConv, RepVGGDW
+from ultralytics.nn.modules import Classify, Conv, ConvTranspose, Detect, RepConv, RepVGGDW
 from ultralytics.nn.tasks import BaseModel
 
 from rep_backbones.containers import Block, Parallel
+from rep_backbones.foreign.fusing import KEPT
 from rep_backbones.fuse import fuse
 from rep_backbones.rules import VIEWS, multi_branch
 from rep_backbones.yolo import guard
@@ -30,6 +31,8 @@ def install() -> None:
     """Wrap the methods; called once, by `rep_backbones.yolo.install`."""
     VIEWS[RepConv] = view_rep_conv
     VIEWS[RepVGGDW] = view_rep_vgg_dw
+    # the stock fuse merges these, a model's graph is read from its rows, and a head's layers are read by name
+    KEPT.update({BaseModel, Conv, ConvTranspose, Detect, Classify})
     base: Any = BaseModel
     base.fuse = _merging_fuse(base.fuse)
     base.is_fused = _exact_is_fused(base.is_fused)

@@ -125,7 +125,7 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 shape = module.running_mean.shape
                 module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.3)
                 module.running_var.copy_(torch.rand(shape, generator=generator) + 0.3)

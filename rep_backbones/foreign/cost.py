@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -25,32 +25,34 @@ class Cost:
 def cost(run: Callable[[], Any]) -> Cost:
     """Run something and count."""
     counted = _Counted()
-    with FlopCounterMode(display=False) as flops, counted:
+    with counted:
         run()
-    return Cost(counted.steps, counted.convs, flops.get_total_flops(), counted.bytes)
+    return Cost(counted.steps, counted.convs, counted.flops, counted.bytes)
 
 
 class Counting(TorchDispatchMode):
-    """Calls `seen(function, arguments, results)` for each operation that computes tensors from tensors; views are none."""
+    """Calls `seen` for each operation that computes tensors from tensors; views are none."""
 
-    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor]) -> None:
+    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor], flops: int) -> None:
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = list(tensors_in(result))
         if made and not _is_view(func) and next(tensors_in(args), None) is not None:
-            self.seen(func, args, made)
+            count = flop_registry.get(func._overloadpacket)  # of convolutions and matrix products
+            self.seen(func, args, made, count(*args, **(kwargs or {}), out_val=result) if count else 0)
         return result
 
 
 class _Counted(Counting):
     def __init__(self) -> None:
         super().__init__()
-        self.steps = self.convs = self.bytes = 0
+        self.steps = self.convs = self.flops = self.bytes = 0
 
-    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor]) -> None:
+    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor], flops: int) -> None:
         self.steps += 1
+        self.flops += flops
         self.bytes += sum(t.numel() * t.element_size() for t in results)
         if is_convolution(function):
             self.convs += 1

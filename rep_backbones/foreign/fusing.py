@@ -228,7 +228,7 @@ class _Work:
     def _set_aside(self, module: nn.Module, double: nn.Module, x: Tensor, why: str) -> nn.Module:
         """The module as one convolution and the last modules that it runs."""
         called = _order_of_calls(double, x)
-        reason = f"{why}, and is not affine in front of its last modules"
+        reasons: list[str] = []
         for count in range(min(TAILS, len(called)) + 1):
             aside = called[len(called) - count :]
             rest = [module.get_submodule(name) for name in called[: len(called) - count]]
@@ -240,19 +240,20 @@ class _Work:
                     double.set_submodule(name, nn.Identity())
                 found = self._measured(double, x)
             except (NotAConvolution, Unproved) as refused:
-                reason = f"{why}; in front of its last {count} modules {refused}"
+                at = f"in front of its last {count} modules " if count else ""
+                reasons.append(f"{why}; {at}{refused}")
                 continue
             finally:
                 for name, tail in tails.items():
                     double.set_submodule(name, tail)
             if found is None:
-                return module
+                continue
             error = proved(double, nn.Sequential(found.value.to_conv(), *tails.values()), _around(x), WHOLE)
             conv = _cast(found.value, _first_number(module))
             self._note_merged(module, [], found, max(error, found.error))
             kept = [module.get_submodule(name) for name in aside]
             return placed(nn.Sequential(conv, *kept) if kept else conv, module)
-        raise _Left(reason)
+        raise _Left(reasons[0] if reasons else f"{why}, and is not affine in front of its last modules")
 
     def _note_merged(self, module: nn.Module, inner: list[str], found: _Merged, error: float) -> None:
         path = ".".join(filter(None, [self._paths.get(module, ""), *inner]))

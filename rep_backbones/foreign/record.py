@@ -72,7 +72,7 @@ class _Recording(Counting):
         if not is_picture(output):
             self.found[module].x = None
 
-    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor]) -> None:
+    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor], flops: int) -> None:
         if self._aside:
             return
         for module in set(self._open):

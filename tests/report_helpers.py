@@ -49,6 +49,7 @@ def full(layers: int = 5) -> dict[str, Any]:
         "sensitivity": [{"layer": "model.5.cv1", "sqnr_db": 8.25}, {"layer": "model.6.cv1", "sqnr_db": None}],
     }
     bad = layer(layers, path=f"model.{EVIL}层$\\frac$", type=EVIL, error=None, ok=False)  # a formula, were it TeX
+    found = {"path": "model.3.m", "type": EVIL, "convs_before": 2, "convs_after": 1}
     report: dict[str, Any] = {
         "schema": "rep_backbones/fuse_export/1",
         "created": "2026-01-02T03:04:05+0000",
@@ -77,6 +78,10 @@ def full(layers: int = 5) -> dict[str, Any]:
         "status": 3,
         "counts": {"before": counts, "after": {**counts, "multi_branch_layers": 0, "convs": 79}},
         "layers": [*(layer(index) for index in range(layers)), bad],
+        "foreign": [
+            {**found, "outcome": "merged", "reason": "", "error": 2e-14, "gained": "4 steps -> 1, 10% fewer FLOPs"},
+            {**found, "outcome": "left", "reason": f"{EVIL} is not affine", "error": None, "gained": ""},
+        ],
         "proofs": {"fuse": {"ok": True, "error": 2e-7, "outputs": [output]}},
         "artifacts": {
             "pt": {**file, "path": "my best_deploy.pt", "latency": latency(22), "ap": ap(0.5989)},

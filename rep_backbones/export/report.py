@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rep_backbones.export.files import replacing
+from rep_backbones.foreign.fusing import Found
 from rep_backbones.verify import Report as Comparison
 
 SCHEMA = "rep_backbones/fuse_export/1"
@@ -70,6 +71,7 @@ class Report:
     status: int = 0
     counts: dict[str, Counts] = field(default_factory=dict)  # "before" and "after"
     layers: list[LayerProof] = field(default_factory=list)
+    foreign: list[Found] = field(default_factory=list)  # layers without a rule, measured
     proofs: dict[str, Any] = field(default_factory=dict)  # name -> as `proof`
     trained: dict[str, Any] = field(default_factory=dict)  # of the multi-branch form: latency and ap, where measured
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)  # format -> path, sha256, error, ...

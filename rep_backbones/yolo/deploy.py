@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import ultralytics
-from torch import nn
+from torch import fx, nn
 
 from rep_backbones.export.files import replacing
 from rep_backbones.fuse import fuse
@@ -37,6 +37,25 @@ def deploy_form(model: nn.Module, fused: nn.Module | None = None) -> nn.Module:
     for name in ("args", "criterion", "pt_path"):  # of the loaded object: Ultralytics sets them anew when it loads
         vars(deployed).pop(name, None)
     return deployed.requires_grad_(False)
+
+
+def what_it_needs(fused: nn.Module) -> list[str]:
+    """What a deploy checkpoint of a fused model needs beyond torch and Ultralytics, in sentences; none for most models."""
+    notes = []
+    kinds = {f"{type(m).__module__}.{type(m).__qualname__}" for m in fused.modules()}
+    own = sorted(kind for kind in kinds if kind.split(".")[0] not in ("torch", "ultralytics", "rep_backbones"))
+    if own:
+        notes.append(
+            f"the fused model holds layers of your own ({', '.join(own[:5])}{' ...' * (len(own) > 5)}): to load "
+            "_deploy.pt their code must be importable (--import my_layers.py); the other formats do not need it"
+        )
+    traced = [path for path, module in fused.named_modules() if isinstance(module, fx.GraphModule)]
+    if traced:
+        notes.append(
+            f"{', '.join(traced[:5])}{' ...' * (len(traced) > 5)} merged within a forward that torch.fx wrote anew: "
+            "_deploy.pt does not load under restricted loading (ULTRALYTICS_SAFE_LOAD=1)"
+        )
+    return notes
 
 
 def save_deploy(

@@ -23,12 +23,13 @@ from ultralytics.utils.torch_utils import get_flops
 
 from rep_backbones.export.files import TargetError, disk_is_full, place, replacing, workplace, writable_folder
 from rep_backbones.export.report import Counts, Report, bytes_of, proof, sha256
+from rep_backbones.foreign.fusing import fuse_measured
 from rep_backbones.fuse import report as fuse_report
 from rep_backbones.rules import FoldError, check_numbers, multi_branch
 from rep_backbones.verify import Mismatch, verify
 from rep_backbones.yolo import artifacts, checkpoint, devices, timing, with_data
 from rep_backbones.yolo import formats as known
-from rep_backbones.yolo.deploy import save_deploy
+from rep_backbones.yolo.deploy import save_deploy, what_it_needs
 from rep_backbones.yolo.pictures import SHIPPED, pictures
 from rep_backbones.yolo.plain_data import Refused
 from rep_backbones.yolo.proof import Outputs, layer_proofs
@@ -36,6 +37,8 @@ from rep_backbones.yolo.report_page import Shown, predicted, report_page
 from rep_backbones.yolo.switches import no_downloads, no_installs, quiet
 
 PROVED, BAD_INPUT, UNPROVED, MISSING = 0, 2, 3, 4
+# Side, in pixels, of the picture on which layers without a rule are measured: what they see there is one of their proofs.
+FOREIGN_SIDE = 128
 # Largest side, in pixels, of the pictures on which the fused model is compared: whether two kernels are equal does not
 # depend on it. The artefact is compared at its own size.
 FUSE_SIDE = 320
@@ -56,6 +59,7 @@ class Settings:
     data: Path | None = None  # a YOLO data YAML or a folder in COCO's layout
     device: str | None = None
     pictures: tuple[Path, ...] = ()  # to prove on; empty: two of `data`, or else those that Ultralytics ships
+    foreign: str = "measure"  # what to do with layers without a rule: "measure", "keep" or "refuse"
     latency: bool = True  # measure how long each form takes, in a few seconds
     imports: tuple[str, ...] = ()  # the user's own code that was imported, for the report
 
@@ -133,7 +137,7 @@ def run(
         deployed = None
         trained: Callable[[], Tensor] = partial(predicted, loaded.model, batch)
         try:
-            deployed = _fused(loaded, making, batch, settings.pictures)
+            deployed = _fused(loaded, making, batch, settings)
             trained = beside.submit(trained).result  # meanwhile: an export traces on one core
             making.keep("pt", making.path(".pt"))
             job = artifacts.Job(target / f"{stem}.pt", making.path(".pt"), deployed, batch, settings, size, verbose)
@@ -259,20 +263,23 @@ def image_size(given: int | Sequence[int] | None, loaded: checkpoint.Checkpoint)
     return height, width
 
 
-def _fused(loaded: checkpoint.Checkpoint, making: Making, batch: Tensor, paths: Sequence[Path]) -> nn.Module:
+def _fused(loaded: checkpoint.Checkpoint, making: Making, batch: Tensor, settings: Settings) -> nn.Module:
     """The deploy model as written and read back, proved against the trained one."""
+    paths = settings.pictures
     model, report, target = loaded.model, making.report, making.path(".pt")
     layers = multi_branch(model)
     if not layers:
         report.notes.append(f"{loaded.path.name} has no multi-branch layers: it is exported as it is")
     report.counts["before"] = counts(model, batch)
     stride = int(loaded.stride.max())
-    small = max(FUSE_SIDE // stride, 1) * stride
-    side = (min(batch.shape[2], small), min(batch.shape[3], small))
+    small = _sides(FUSE_SIDE, stride)
+    side = (min(batch.shape[2], small[0]), min(batch.shape[3], small[1]))
     shown = pictures(side, batch.shape[1], paths)
     try:
-        fused, places, _ = fuse_report(model)
+        fused, places, _ = fuse_report(model, foreign="refuse" if settings.foreign == "refuse" else "keep")
         report.layers = layer_proofs(model, fused, places, shown[:1])
+        if settings.foreign == "measure":
+            fused = _measured(fused, making, pictures(_sides(FOREIGN_SIDE, stride), batch.shape[1], paths)[:1])
         about = {"date": loaded.date, "version": loaded.version, "train_args": loaded.args}
         known_about = {key: value for key, value in about.items() if value is not None}
         save_deploy(model, target, checkpoint=known_about, fused=fused)
@@ -299,6 +306,24 @@ def _fused(loaded: checkpoint.Checkpoint, making: Making, batch: Tensor, paths: 
     if not compared.ok:
         raise Unproved(f"the fused model computes something else:\n{compared}")
     return deployed
+
+
+def _sides(pixels: int, stride: int) -> tuple[int, int]:
+    return (max(pixels // stride, 1) * stride,) * 2
+
+
+def _measured(fused: nn.Module, making: Making, example: Tensor) -> nn.Module:
+    """The model with its layers that have no rule merged where they were proved; the report tells of each."""
+    measured, making.report.foreign = fuse_measured(fused, example)
+    merged = [found for found in making.report.foreign if found.outcome == "merged"]
+    if making.report.foreign:
+        before, after = sum(f.convs_before for f in merged), sum(f.convs_after for f in merged)
+        making.tell(
+            f"measured {len(making.report.foreign)} layers without a rule: {len(merged)} merged, {before} -> {after} "
+            f"convolutions; {len(making.report.foreign) - len(merged)} left, for reasons that the report gives"
+        )
+    making.report.notes += what_it_needs(measured)
+    return measured
 
 
 def counts(model: nn.Module, batch: Tensor) -> Counts:
@@ -338,6 +363,7 @@ def _plain(settings: Settings, size: tuple[int, int], formats: Sequence[str]) ->
         "data": settings.data and Path(settings.data).name,
         "device": settings.device,
         "pictures": [path.name for path in settings.pictures],
+        "foreign": settings.foreign,
         "latency": settings.latency,
         "imports": [Path(name).name for name in settings.imports],
     }

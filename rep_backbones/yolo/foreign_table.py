@@ -29,7 +29,7 @@ from rep_backbones.yolo.command import ended
 TOOL = "tools/foreign_table.py"  # as in the mark of the page
 HEADER = (
     "| model | input | affine parts merged | left, with a reason | convolutions | after | by its own code | error in "
-    "float64 | of the outputs | seconds | MiB |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "float64 | of the outputs | CPU seconds | MiB |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -107,7 +107,7 @@ class Row:
         convs: convolutions that run: before, after, and what the model's own library leaves.
         exact: the largest error of a part in float64, as a fraction of a channel's largest value.
         outputs: the largest difference of an output in the model's own type, as a fraction of its largest value.
-        seconds: that it took.
+        seconds: that it took, of all cores together.
         mebibytes: the largest memory beyond what there was before.
     """
 
@@ -130,9 +130,9 @@ def measure(subject: Subject) -> Row:
         own = subject.by_itself(copy.deepcopy(model))
         convs = _convs(model, x), _convs(own, x)
         with _Memory() as memory:
-            start = time.perf_counter()
+            start = time.process_time()
             fused, found = fuse_measured(model, x)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
         got = list(tensors_in(fused(x)))
     merged = [f for f in found if f.outcome == "merged"]
     return Row(

@@ -332,6 +332,7 @@ BENT: dict[str, Callable[[Bent, Tensor], Tensor]] = {
     "a position of one size": lambda m, x: m.a(x + m.edge) + m.b(x),
     "absolute value": lambda m, x: m.a(x) + m.b(x.abs()),
     "other above a size": lambda m, x: m.a(x) + (m.b(x) if x.shape[3] < 12 else m.b(2 * x)),
+    "other above a larger size": lambda m, x: m.a(x) + (m.b(x) if x.shape[3] < 15 else m.b(2 * x)),
     "other for loud pictures": lambda m, x: m.a(x) + (m.b(x) if x.abs().max() < 100 else m.b(2 * x)),
     "other for two pictures": lambda m, x: m.a(x) + m.b(x) * x.shape[0],
     "a random mask": lambda m, x: m.a(x) + m.b(x * (torch.rand(x.shape[0], 1, 1, 1) < 0.5)),

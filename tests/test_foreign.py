@@ -273,11 +273,14 @@ def test_a_block_in_two_places_is_measured_once_and_stays_one() -> None:
     compare(model, fused, 1e-6)
 
 
-def test_hooks_are_kept_and_told() -> None:
+@pytest.mark.parametrize("path", ["0", "0.b"])
+def test_hooks_are_kept_and_told(path: str) -> None:
     model = nn.Sequential(made(TorchAdd), nn.ReLU()).eval()
-    model[0].register_forward_hook(lambda *_: None)
-    fused, _, found = report(model, foreign="measure", example=torch.randn(1, C, 8, 8))
-    assert type(fused[0]) is TorchAdd and found[0].path == "0" and "forward hooks" in found[0].reason
+    model.get_submodule(path).register_forward_hook(lambda *_: None)
+    fused, found = fuse_measured(model, torch.randn(1, C, 8, 8))
+    assert type(fused[0]) is TorchAdd and fused.get_submodule(path)._forward_hooks
+    told = next(f for f in found if f.outcome == "left")
+    assert told.path == path and "forward hooks" in told.reason
 
 
 def test_types_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

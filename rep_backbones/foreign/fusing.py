@@ -128,11 +128,13 @@ class _Work:
 
     def _fused(self, module: nn.Module) -> nn.Module:
         seen = self._seen.get(module, Seen())
-        if seen.x is None or seen.convs < 1 or seen.steps < 2 or any(base in KEPT for base in type(module).__mro__):
+        if seen.convs < 1 or any(base in KEPT for base in type(module).__mro__):
             return module
         try:
-            if module._forward_hooks or module._forward_pre_hooks:
+            if _hooked(module):
                 raise _Left("has forward hooks, which fusing would lose; remove them (handle.remove()) first")
+            if seen.x is None or seen.steps < 2 or any(map(_hooked, module.modules())):
+                return module
             with _float64_by_default():
                 return self._taken_apart(module, seen, seen.x.double())
         except (_Left, Unproved, NotAConvolution) as error:
@@ -310,6 +312,10 @@ def _doubled(module: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.is_floating_point():  # a constant that is neither parameter nor buffer
                 setattr(inner, name, value.detach().to("cpu", torch.float64))
     return double
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _norms(module: nn.Module) -> bool:

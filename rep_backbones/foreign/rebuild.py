@@ -135,9 +135,11 @@ class Within(Form):
     @contextmanager
     def built(self, module: nn.Module, convs: Convs) -> Iterator[nn.Module]:
         before = [(path, module.get_submodule(path)) for path, _ in self._changes(convs)]
-        yield self.build(module, convs)
-        for path, old in before:
-            module.set_submodule(path, old)
+        try:
+            yield self.build(module, convs)
+        finally:
+            for path, old in before:
+                module.set_submodule(path, old)
 
     def _changes(self, convs: Convs) -> list[tuple[str, nn.Module]]:
         return [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from ultralytics.nn.modules import C2fCIB, RepC3, RepConv, RepNCSPELAN4, RepVGGDW
+from ultralytics.nn.modules import C2fCIB, Detect, RepC3, RepConv, RepNCSPELAN4, RepVGGDW
 from ultralytics.nn.tasks import BaseModel, DetectionModel, RTDETRDetectionModel
 
 from rep_backbones.foreign.cost import cost, tensors_in
@@ -29,7 +28,7 @@ from rep_backbones.yolo.command import ended
 TOOL = "tools/foreign_table.py"  # as in the mark of the page
 HEADER = (
     "| model | input | affine parts merged | left, with a reason | convolutions | after | by its own code | error in "
-    "float64 | of the outputs | CPU seconds | MiB |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "float64 | of the outputs | CPU seconds |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -72,7 +71,9 @@ def _stock_fuse(model: nn.Module) -> nn.Module:
     made: Any = copy.deepcopy(model)
     for module in [m for m in made.modules() if isinstance(m, (RepConv, RepVGGDW))]:
         module.fuse_convs() if isinstance(module, RepConv) else module.fuse()
-        module.forward = module.forward_fuse  # type: ignore[method-assign]
+        vars(module)["forward"] = module.forward_fuse
+    for head in [m for m in made.modules() if isinstance(m, Detect)]:
+        vars(head)["fuse"] = lambda: None  # which drops a head that only training needs, and merges nothing
     return made.fuse(verbose=False) if isinstance(made, BaseModel) else made
 
 
@@ -108,7 +109,6 @@ class Row:
         exact: the largest error of a part in float64, as a fraction of a channel's largest value.
         outputs: the largest difference of an output in the model's own type, as a fraction of its largest value.
         seconds: that it took, of all cores together.
-        mebibytes: the largest memory beyond what there was before.
     """
 
     merged: int
@@ -117,7 +117,6 @@ class Row:
     exact: float
     outputs: float
     seconds: float
-    mebibytes: float
 
 
 def measure(subject: Subject) -> Row:
@@ -129,10 +128,9 @@ def measure(subject: Subject) -> Row:
         expected = list(tensors_in(model(x)))
         own = subject.by_itself(copy.deepcopy(model))
         convs = _convs(model, x), _convs(own, x)
-        with _Memory() as memory:
-            start = time.process_time()
-            fused, found = fuse_measured(model, x)
-            seconds = time.process_time() - start
+        start = time.process_time()
+        fused, found = fuse_measured(model, x)
+        seconds = time.process_time() - start
         got = list(tensors_in(fused(x)))
     merged = [f for f in found if f.outcome == "merged"]
     return Row(
@@ -142,7 +140,6 @@ def measure(subject: Subject) -> Row:
         exact=max((f.error or 0.0 for f in merged), default=0.0),
         outputs=max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, got)),
         seconds=seconds,
-        mebibytes=memory.most / 2**20,
     )
 
 
@@ -151,37 +148,12 @@ def _convs(model: nn.Module, x: Tensor) -> int:
         return cost(lambda: model(x)).convs
 
 
-class _Memory:
-    """The largest resident memory while it is open, beyond that at its start, in bytes; 0 where Linux does not tell."""
-
-    most = 0
-
-    def __enter__(self) -> _Memory:
-        self._start, self._done = self._now(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            self.most = max(self.most, self._now() - self._start)
-
-    @staticmethod
-    def _now() -> int:
-        file = Path("/proc/self/statm")
-        return int(file.read_text().split()[1]) * 4096 if file.exists() else 0
-
-
 def line(name: str, row: Row, size: tuple[int, int, int, int]) -> str:
     """A row of the table."""
     before, after, own = row.convs
     return (
         f"| {name} | {' x '.join(map(str, size[1:]))} | {row.merged} | {row.left} | {before} | {after} | {own} "
-        f"| {row.exact:.1e} | {row.outputs:.1e} | {row.seconds:.1f} | {row.mebibytes:.0f} |"
+        f"| {row.exact:.1e} | {row.outputs:.1e} | {row.seconds:.1f} |"
     )
 
 

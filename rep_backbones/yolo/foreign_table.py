@@ -22,8 +22,10 @@ from ultralytics.nn.tasks import BaseModel, DetectionModel, RTDETRDetectionModel
 from rep_backbones.foreign.cost import cost, tensors_in
 from rep_backbones.foreign.fusing import fuse_measured
 from rep_backbones.yolo import pages
-from rep_backbones.yolo.benchmark import ROOT, device, shuffled
 from rep_backbones.yolo.command import ended
+from rep_backbones.yolo.devices import described
+from rep_backbones.yolo.pages import ROOT
+from rep_backbones.yolo.shuffled import shuffled
 
 TOOL = "tools/foreign_table.py"  # as in the mark of the page
 HEADER = (
@@ -158,7 +160,7 @@ def line(name: str, row: Row, size: tuple[int, int, int, int]) -> str:
 
 
 def table(names: Sequence[str]) -> Iterator[str]:
-    yield f"{device()}, PyTorch {torch.__version__.partition('+')[0]} with {torch.get_num_threads()} threads.\n\n{HEADER}"
+    yield f"{described('cpu')}, PyTorch {torch.__version__.partition('+')[0]}.\n\n{HEADER}"
     yield from (line(name, measure(SUBJECTS[name]), SUBJECTS[name].size) for name in tqdm(names, unit="model"))
 
 

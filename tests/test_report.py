@@ -15,7 +15,8 @@ from torch import nn
 from ultralytics.engine.exporter import Exporter
 
 from rep_backbones.export.html import commands
-from rep_backbones.fuse import fuse_and_map
+from rep_backbones.fuse import Fused
+from rep_backbones.fuse import report as fuse_report
 from rep_backbones.yolo import fuse_export, fuse_export_cli, report_page
 from rep_backbones.yolo.fuse_export_cli import main
 from rep_backbones.yolo.pictures import SHIPPED
@@ -97,15 +98,15 @@ def test_a_missing_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = saved(tmp_path)
 
-    def wrong(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-        fused, places = fuse_and_map(model)
-        for path in places.values():
-            conv: Any = fused.get_submodule(path)
+    def wrong(model: nn.Module, **options: Any) -> Fused:
+        found = fuse_report(model, **options)
+        for path in found.places.values():
+            conv: Any = found.model.get_submodule(path)
             with torch.no_grad():
                 conv.bias[0] = float("nan")
-        return fused, places
+        return found
 
-    monkeypatch.setattr(fuse_export, "fuse_and_map", wrong)
+    monkeypatch.setattr(fuse_export, "fuse_report", wrong)
     assert main([str(weights), "--format", "onnx"]) == 3
     report, text = made(tmp_path)
     assert report["layers"][0]["error"] is None and report["artifacts"]["pt"]["proved"] is False

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rep_backbones.affine import Pair, pair
+from rep_backbones.gradient_form import masked
 from rep_backbones.rules import multi_branch
 
 Predicate = Callable[[str, nn.Conv2d], bool]
@@ -65,6 +66,8 @@ def _unfit(module: nn.Module) -> str:
         return "is weight-normed; remove that first: torch.nn.utils.remove_weight_norm(conv)"
     if "weight" not in module._parameters:
         return "is pruned or spectral-normed; make that lasting first: torch.nn.utils.prune.remove, remove_spectral_norm"
+    if any(True for _ in masked(module)):
+        return "is in the gradient form already; expand the network that it was made from"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks, which would be lost; remove them first (handle.remove())"
     return ""

@@ -20,10 +20,12 @@ from torch import nn
 from rep_backbones.affine import AffineConv, AlgebraError
 from rep_backbones.candidates import ExpandError, Kernels, Layers, choose, plain_convs
 from rep_backbones.containers import Block, Parallel, Scale
+from rep_backbones.gradient_form import Masks, mask, masks_of
 from rep_backbones.online import Online
 from rep_backbones.pairs import norms_behind
 from rep_backbones.registry import layer_named
 from rep_backbones.rules import MERGED, RULES, FoldError, equivalent, in_float64
+from rep_backbones.training_forms import BRANCHES, FORMS, GRADIENT, ONLINE, checked
 
 SHARE = 0.1  # spread of a calibrated branch, as a fraction of its convolution's: what it adds, the main branch takes off
 QUIET = 0.01  # smallest variance of a calibrated channel, as a fraction of the layer's median
@@ -71,6 +73,7 @@ def expand(
     layers: Layers = None,
     kernels: Kernels = None,
     batches: Iterable[Any] | None = None,
+    mode: str = BRANCHES,
     inplace: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -86,26 +89,36 @@ def expand(
         batches: inputs of the model, needed for convolutions that no norm follows: the new branches' statistics are
             measured on them, and the main branch is what is left of the convolution without the others. The function is
             then unchanged in eval mode; in train mode the new norms take each batch's own statistics.
+        mode: "online": the branches have scales for norms and are folded in each forward, and the convolution's own norm
+            stands behind their sum. "gradient": the convolution stays alone, with the masks of such branches for RepSGD
+            and RepAdamW. Both keep the function in train mode too.
         inplace: change `model` itself; it stays whole where this is refused.
         options: arguments of the block, such as `n=2` for MobileOneBlock.
 
     Raises:
-        ExpandError: an unknown block, one that can't keep the function, a pattern that matches nothing, or a layer that
+        ExpandError: an unknown block or mode, one that can't keep the function, a pattern that matches nothing, or a layer that
             can't be expanded, with its path and the reason.
     """
     cls = _block_class(block)
+    try:
+        checked(mode)
+    except ValueError as error:
+        raise ExpandError(str(error)) from error
     if batches is not None:
         batches = [batches] if isinstance(batches, torch.Tensor) else list(batches)
     norms = norms_behind(model)
     chosen, certain = choose(plain_convs(model), norms, layers, kernels, without_norm=batches is not None)
     if not inplace:
         model = copy.deepcopy(model)
-    plans: list[_Plan] = []
-    checked: set[Any] = set()
+    plans: list[_Plan | _Masking] = []
+    known: dict[Any, Masks | None] = {}
     reasons: dict[str, str] = {}
     for path in chosen:
         try:
-            plans.append(_plan(model, path, norms.get(path, ""), cls, options, checked))
+            if mode == GRADIENT:
+                plans.append(_masking(model, path, cls, options, known))
+            else:
+                plans.append(_plan(model, path, norms.get(path, ""), cls, options, mode, known))
         except ExpandError as error:
             if path in certain:
                 raise ExpandError(f"{path}: {error}; nothing was changed") from error
@@ -114,9 +127,9 @@ def expand(
         path, reason = next(iter(reasons.items()))
         raise ExpandError(f"{cls.__name__} fits none of the {len(reasons)} convolutions; {path}: {reason}")
     if batches is not None:
-        _calibrate(model, [plan for plan in plans if not plan.norm], batches)
+        _calibrate(model, [plan for plan in plans if isinstance(plan, _Plan) and not plan.norm], batches)
     for plan in plans:
-        model = _placed(model, plan)
+        model = plan.placed(model)
     return model
 
 
@@ -153,6 +166,46 @@ class _Plan:
     main: str
     spreads: list[float] = field(default_factory=list)  # of the convolution's output, one for each batch of a calibration
 
+    def placed(self, model: nn.Module) -> nn.Module:
+        """The model with the layer where the convolution stood, and its norm inside."""
+        if self.norm:
+            model.set_submodule(self.norm, nn.Identity().train(self.layer.training))
+        if not self.path:
+            return self.layer
+        model.set_submodule(self.path, self.layer)
+        return model
+
+
+@dataclass
+class _Masking:
+    """What the gradient form of one convolution takes."""
+
+    conv: nn.Conv2d
+    masks: Masks
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """The model with the masks on the convolution."""
+        mask(self.conv, self.masks)
+        return model
+
+
+def _masking(model: nn.Module, path: str, cls: type[nn.Module], options: Any, known: dict[Any, Masks | None]) -> _Masking:
+    conv: Any = model.get_submodule(path)
+    masks = known.get(key := _shape(conv))
+    if masks is None:
+        made = _made(conv, cls, options)
+        _check_fold(made, conv)
+        try:
+            total, _ = _sum_and_norm(FORMS[ONLINE](made))  # type: ignore[arg-type]
+            masks = known[key] = masks_of(total.branches if isinstance(total, Online) else total)
+        except FoldError as error:
+            raise ExpandError(f"{cls.__name__} {error}") from error
+    return _Masking(conv, masks)
+
+
+def _shape(conv: nn.Conv2d) -> Any:
+    return conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups
+
 
 def _block_class(block: str | type[nn.Module]) -> type[nn.Module]:
     if isinstance(block, type) and issubclass(block, nn.Module):
@@ -163,16 +216,21 @@ def _block_class(block: str | type[nn.Module]) -> type[nn.Module]:
         raise ExpandError(str(error)) from error
 
 
-def _plan(model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], options: Any, checked: set[Any]) -> _Plan:
-    """`checked` holds the shapes of convolutions that the block is known to fold to."""
+def _plan(
+    model: nn.Module, path: str, norm_path: str, cls: type[nn.Module], options: Any, mode: str, known: dict[Any, Any]
+) -> _Plan:
+    """`known` holds the shapes of convolutions that the block is known to fold to."""
     conv: Any = model.get_submodule(path)
     norm: Any = model.get_submodule(norm_path) if norm_path else None
     plain_mode = conv.training
     made = _made(conv, cls, options)
-    shape = (conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
-    if shape not in checked:
+    if (shape := _shape(conv)) not in known:
         _check_fold(made, conv)
-        checked.add(shape)
+        known[shape] = None
+    try:
+        FORMS[mode](made, inplace=True)
+    except FoldError as error:
+        raise ExpandError(f"{cls.__name__}: {error}") from error
     total, outer = _sum_and_norm(made)
     branches = total.branches if isinstance(total, Online) else total
     if not isinstance(branches, Parallel):
@@ -282,15 +340,6 @@ def _last(branch: nn.Module) -> nn.Module:
     while isinstance(branch, nn.Sequential) and len(branch):
         branch = branch[-1]
     return branch
-
-
-def _placed(model: nn.Module, plan: _Plan) -> nn.Module:
-    if plan.norm:
-        model.set_submodule(plan.norm, nn.Identity().train(plan.layer.training))
-    if not plan.path:
-        return plan.layer
-    model.set_submodule(plan.path, plan.layer)
-    return model
 
 
 # ---- convolutions without a norm -----------------------------------------------------------------------------------------

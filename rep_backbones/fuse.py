@@ -19,6 +19,7 @@ from rep_backbones.affine import AffineConv, AlgebraError
 from rep_backbones.containers import Block, children_of
 from rep_backbones.foreign.fusing import Found, fuse_measured
 from rep_backbones.foreign.measure import MEMORY
+from rep_backbones.gradient_form import unmask
 from rep_backbones.pairs import NORMS
 from rep_backbones.rules import (
     RULES,
@@ -98,6 +99,7 @@ def report(
     for path, layer, _ in multi_branch(model):
         places[path] = _join(path, "0") if isinstance(seen_as(layer), Block) else path
     model = _replaced(model, "", folded, {})
+    unmask(model)
     left = [path for path, _, _ in multi_branch(model)]
     if left:
         raise FoldError(f"multi-branch layers are left after fusing: {', '.join(left[:5])}")

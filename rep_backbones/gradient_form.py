@@ -1,7 +1,7 @@
 """Branches in the gradient alone: a plain network that learns as one with constant-scale branches would.
 
 Ding et al., "Re-parameterizing Your Optimizers rather than Architectures", ICLR 2023, section 3.1. Of branches that are
-summed, each one kernel W_i times a constant scale s_i per output channel, y = sum_i s_i conv(x; W_i), the kernel of the sum is
+summed, each one kernel W_i times a constant scale s_i per output channel, y = sum_i s_i conv(x; W_i), the sum's kernel is
 
     W = sum_i s_i E_i W_i
 
@@ -12,9 +12,9 @@ the sign of the gradient, Adam's where all moments agree, by -lr * sizes * sign(
 
 A branch that learns nothing (an identity without a norm) adds a fixed part to W, which no decay may take: `fixed`.
 
-All are found by the algebra: the fold is asked how far it moves when its parameters take these steps. That it moves so from
-any place and for any gradient is checked, and decides which branches allow it: kernels in series and pooling behind one don't.
-`rep_optimizers` uses the masks.
+All are found by the algebra: the fold is asked how far it moves when its parameters take these steps. That it moves so
+from any place and for any gradient is checked, and decides which branches allow it: kernels in series and pooling behind one
+don't. `rep_optimizers` uses the masks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def to_gradient(model: nn.Module, *, scales: nn.Module | None = None, inplace: b
     """A copy of the model in which each multi-branch layer is one plain convolution and one norm.
 
     Its kernel is that of the branches as they are; what the branches would do in training is kept as two buffers on the
-    convolution (three beside a branch that learns nothing), which RepSGD and RepAdamW read. In eval mode the copy computes the same.
+    convolution (three beside a branch that learns nothing), which RepSGD and RepAdamW read. In eval mode the copy computes
+    the same.
 
     Args:
         model: a block, any nn.Module, in train or eval mode, of any dtype and device.
@@ -157,7 +158,7 @@ def _constant(branches: nn.Module) -> Masks | None:
     return Masks(squares, sizes, fixed) if same else None
 
 
-def _moved(part: nn.Module, learned: list[nn.Parameter], gradient: Tensor, step: Step) -> Tensor:
+def _moved(part: nn.Module, learned: list[Tensor], gradient: Tensor, step: Step) -> Tensor:
     """How far the kernel moves when each parameter takes the step of its gradient."""
     if not learned:
         return torch.zeros_like(gradient)
@@ -190,7 +191,7 @@ def _rests(branches: nn.Module) -> bool:
     return not all(_learned(branch) for _, branch in _items(branches))
 
 
-def _learned(branch: nn.Module) -> list[nn.Parameter]:
+def _learned(branch: nn.Module) -> list[Tensor]:
     scales = {p for module in branch.modules() if isinstance(module, Scale) for p in module.parameters()}
     return [p for p in branch.parameters() if p not in scales and p.dim() > 1] or list(scales)
 

@@ -1,7 +1,7 @@
 """Branches at the price of one: any multi-branch layer in the form that OREPA trains.
 
-Hu et al., "Online Convolutional Re-parameterization", CVPR 2022, section 3.2: each norm inside the branches becomes a learned
-scale per channel, one norm stands behind the sum, and the kernel K of the whole sum is folded in each forward:
+Hu et al., "Online Convolutional Re-parameterization", CVPR 2022, section 3.2: each norm inside the branches becomes a
+learned scale per channel, one norm stands behind the sum, and the kernel K of the whole sum is folded in each forward:
 
     y = BN(conv(x; K)),  K = sum of the branches' kernels, each times its scales
 
@@ -116,7 +116,7 @@ def _neutral(like: BatchNorm, channels: int) -> BatchNorm:
     return new
 
 
-# ---- norms become scales ---------------------------------------------------------------------------------------------------
+# ---- norms become scales -------------------------------------------------------------------------------------------------
 
 
 def _scale(norm: BatchNorm) -> Scale:

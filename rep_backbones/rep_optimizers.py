@@ -57,7 +57,7 @@ class RepSGD(SGD):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; gradients are left as they are."""
         loss = _evaluated(closure)
-        plain: list[tuple[nn.Parameter, Tensor]] = []
+        plain: list[tuple[Tensor, Tensor]] = []
         decays = {id(p): g["weight_decay"] * (-1 if g["maximize"] else 1) for g in self.param_groups for p in g["params"]}
         for weight, masks in _learning(self, self._model):
             assert weight.grad is not None
@@ -96,7 +96,7 @@ class RepAdamW(AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step."""
         loss = _evaluated(closure)
-        kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
         decays = {id(p): float(g["lr"]) * g["weight_decay"] for g in self.param_groups for p in g["params"]}
         for weight, masks in _learning(self, self._model):
             decayed = weight * (1 - decays[id(weight)])
@@ -110,7 +110,7 @@ class RepAdamW(AdamW):
         return loss
 
 
-def _learning(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[nn.Parameter, Masks]]:
+def _learning(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[Tensor, Masks]]:
     """The kernels with masks that this step changes."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     for _, conv, masks in masked(model):
@@ -123,3 +123,6 @@ def _evaluated(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
+
+
+OPTIMIZERS = (RepSGD, RepAdamW)

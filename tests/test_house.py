@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rep_backbones"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each room, and those that it may import; a later one may import all before it
-VERBS = "fuse verify foreign pairs candidates expand decay online_form gradient_form rep_optimizers"
+VERBS = "fuse verify foreign pairs candidates expand decay online_form gradient_form rep_optimizers training_forms"
 ARROWS = ("affine", "containers", "rules", "online", "registry", "blocks", "backbones", VERBS, "weights", "export", "yolo")
 ALLOWED_BACK = {  # a room -> what else it may name, and why
     "registry": {"blocks"},

@@ -19,9 +19,13 @@ from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 
 from rep_backbones.candidates import ExpandError, Kernels, Layers
+from rep_backbones.containers import Block
 from rep_backbones.expand import Expanded, collapse
 from rep_backbones.expand import expand as expand_any
+from rep_backbones.gradient_form import masked, unmask
 from rep_backbones.registry import LAYERS
+from rep_backbones.training_forms import BRANCHES
+from rep_backbones.yolo import training_form
 
 KEY = "expand"
 CALIBRATED = "calibrated"  # marks, in the note of a model, what was measured on batches and no YAML can build anew
@@ -34,6 +38,7 @@ def expand(
     layers: Layers = None,
     kernels: Kernels = None,
     batches: Iterable[Any] | None = None,
+    mode: str = BRANCHES,
     inplace: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -42,7 +47,7 @@ def expand(
     The arguments and errors of `rep_backbones.expand.expand`. An Ultralytics model notes it in its YAML, so that
     `YOLO.train`, which builds the model anew, trains the same branches.
     """
-    asked: dict[str, Any] = dict(layers=layers, kernels=kernels, batches=batches, **options)
+    asked: dict[str, Any] = dict(layers=layers, kernels=kernels, batches=batches, mode=mode, **options)
     if isinstance(model, Model):
         whole = model if inplace else deepcopy(model)
         whole.model = expand(whole.model, block, inplace=True, **asked)  # type: ignore[arg-type,assignment]
@@ -55,13 +60,15 @@ def expand(
     model = model if inplace else deepcopy(model)
     before = set(_paths(model))
     expand_any(model, block, inplace=True, **asked)
-    new = {path: module for path, module in model.named_modules() if isinstance(module, Expanded) and path not in before}
+    new = {path: normed for path, normed in _paths(model).items() if path not in before}
     config: Any = model.yaml
-    notes = [*requests(config)]
-    if normed := [path for path, module in new.items() if module.norm_here]:
-        notes.append({"block": name, "layers": normed, **options})
-    if bare := [path for path, module in new.items() if not module.norm_here]:
-        notes.append({"block": name, "layers": bare, CALIBRATED: True, **options})
+    notes, how = [*requests(config)], {"block": name, **options}
+    if mode != training_form.of_yaml(config):
+        how[training_form.KEY] = mode
+    if normed := [path for path, has_norm in new.items() if has_norm]:
+        notes.append({**how, "layers": normed})
+    if bare := [path for path, has_norm in new.items() if not has_norm]:
+        notes.append({**how, "layers": bare, CALIBRATED: True})
     vars(model)["yaml"] = {**config, KEY: notes}
     return model
 
@@ -101,9 +108,10 @@ def expanded_layers(layers: nn.Sequential, config: dict[str, Any], verbose: bool
                 "loop of your own"
             )
         block, options = request["block"], {key: value for key, value in request.items() if key != "block"}
+        options.setdefault(training_form.KEY, training_form.of_yaml(config))
         if "kernels" in options and not isinstance(options["kernels"], int):
             options["kernels"] = [tuple(k) if isinstance(k, list) else k for k in options["kernels"]]
-        before = sum(1 for _ in _paths(whole))
+        before = len(_paths(whole))
         try:
             expand_any(whole, block, inplace=True, **options)
         except (ValueError, TypeError) as error:
@@ -111,13 +119,14 @@ def expanded_layers(layers: nn.Sequential, config: dict[str, Any], verbose: bool
         for layer in layers:
             layer.np = sum(parameter.numel() for parameter in layer.parameters())  # type: ignore[assignment]
         if verbose:
-            LOGGER.info(f"expand: {block} in the place of {sum(1 for _ in _paths(whole)) - before} convolutions")
+            LOGGER.info(f"expand: {block} in the place of {len(_paths(whole)) - before} convolutions")
+    training_form.refuse_unused(layers, config)
     return layers
 
 
 def has_expanded(model: nn.Module) -> bool:
     """Whether a model holds an expanded convolution."""
-    return any(True for _ in _paths(model))
+    return any(isinstance(module, Expanded) for module in model.modules())
 
 
 def load_plain(load: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,13 +134,22 @@ def load_plain(load: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) 
 
     The branches of `model` are dropped, the plain weights loaded, and the branches made anew, silent.
     """
-    notes = requests(model.yaml)
     collapse(model)
+    for conv in _masked_alone(model).values():
+        unmask(conv)
     try:
         return load(model, *args, **kwargs)
     finally:
-        expanded_layers(model.model, {KEY: notes}, verbose=False)
+        expanded_layers(model.model, model.yaml, verbose=False)
 
 
-def _paths(model: nn.Module) -> Iterable[str]:
-    return (path for path, module in model.named_modules() if isinstance(module, Expanded))
+def _paths(model: nn.Module) -> dict[str, bool]:
+    """The convolutions that were expanded, in any form, and whether no calibration was needed for them."""
+    found = {path: bool(module.norm_here) for path, module in model.named_modules() if isinstance(module, Expanded)}
+    return found | dict.fromkeys(_masked_alone(model), True)
+
+
+def _masked_alone(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Convolutions that `expand` has left alone with masks; those of a block in the gradient form are the block's."""
+    inside = {part for module in model.modules() if isinstance(module, Block) for part in module.modules()}
+    return {path: conv for path, conv, _ in masked(model) if conv not in inside}

@@ -21,6 +21,7 @@ from ultralytics.nn.tasks import BaseModel
 from rep_backbones.containers import Block, Parallel
 from rep_backbones.foreign.fusing import KEPT
 from rep_backbones.fuse import fuse
+from rep_backbones.gradient_form import masked
 from rep_backbones.rules import VIEWS, multi_branch
 from rep_backbones.yolo import guard
 
@@ -75,10 +76,11 @@ def drop_merged_norms(model: nn.Module) -> None:
 
 
 def unmerged(model: nn.Module) -> bool:
-    """Whether a model has a layer that merging would change: one with branches, or a convolution and its norm in a block of
-    ours.
+    """Whether a model has a layer that merging would change: one with branches, a convolution and its norm in a block of
+    ours, or one that trains with masks.
     """
-    return any(isinstance(module, Block) for module in model.modules()) or bool(multi_branch(model))
+    blocks = any(isinstance(module, Block) for module in model.modules())
+    return blocks or bool(multi_branch(model)) or any(True for _ in masked(model))
 
 
 # ---- the stock layers, seen as ours --------------------------------------------------------------------------------------

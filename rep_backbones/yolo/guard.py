@@ -17,6 +17,7 @@ from ultralytics.nn import tasks
 
 from rep_backbones.rules import multi_branch
 from rep_backbones.yolo.expanding import has_expanded, load_plain
+from rep_backbones.yolo.training_form import fitting
 from rep_backbones.yolo.pretrained import Pretrained
 
 SHOWN = 5  # names in a message
@@ -67,6 +68,8 @@ def guarded(load: Callable[..., Any]) -> Callable[..., Any]:
                 )
             if has_expanded(self) and not has_expanded(given):
                 return load_plain(load, self, weights, *args, **kwargs)
+            if (fit := fitting(self, given)) is not given:
+                weights = fit
         return load(self, weights, *args, **kwargs)
 
     return guarded_load

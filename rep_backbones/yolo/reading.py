@@ -14,6 +14,7 @@ from torch import nn
 from ultralytics.nn import tasks
 
 from rep_backbones.registry import KNOWN, Layer
+from rep_backbones.yolo import training_form
 
 Config = dict[str, Any]
 
@@ -34,6 +35,7 @@ class Row:
     args: tuple[Any, ...] = ()  # after c2
     kwargs: dict[str, Any] = field(default_factory=dict)
     c2: int = 0  # of a trunk, which gives a list, none
+    mode: str | None = None  # the form that it is trained in, where it says so
 
     @property
     def is_trunk(self) -> bool:
@@ -105,10 +107,14 @@ def _read_row(index: int, where: str, given: Any, d: Config) -> Row:
     *values, last = [value_of(argument, d) for argument in args]
     kwargs = last if isinstance(last, dict) else {}
     values = values if isinstance(last, dict) else [*values, last]
+    try:
+        mode = training_form.of_row(kwargs, {parameter.name for parameter in layer.parameters})
+    except ValueError as error:
+        raise row.error(str(error)) from error
     if any(isinstance(value, dict) for value in values) or not all(isinstance(key, str) for key in kwargs):
         raise row.error("keywords are one mapping, {name: value}, at the end of the arguments")
     if layer.outputs == "list":
-        row = Row(index, where, given, row.source, repeats, layer, tuple(values), kwargs)
+        row = Row(index, where, given, row.source, repeats, layer, tuple(values), kwargs, mode=mode)
         if repeats != 1:
             raise row.error(f"{layer.name} is a whole trunk; its `repeats` must be 1, got {repeats!r}")
         _check_types(row, bind(row, 1, 0, 1))
@@ -116,7 +122,7 @@ def _read_row(index: int, where: str, given: Any, d: Config) -> Row:
     c2, *rest = values or [kwargs.pop("c2", None)]
     if type(c2) is not int or c2 < 1:
         raise row.error(f"the first argument, c2, is the number of output channels, an integer of at least 1, got {c2!r}")
-    row = Row(index, where, given, row.source, repeats, layer, tuple(rest), kwargs, c2)
+    row = Row(index, where, given, row.source, repeats, layer, tuple(rest), kwargs, c2, mode)
     _check_types(row, bind(row, c2, c2, 1))
     return row
 

@@ -21,7 +21,7 @@ from torch import nn
 from ultralytics.nn.modules import Conv
 from ultralytics.utils import LOGGER
 
-from rep_backbones.yolo import expanding
+from rep_backbones.yolo import expanding, training_form
 from rep_backbones.yolo.indexing import indexed
 from rep_backbones.yolo.reading import Config, Row, bind, is_stock, make, read_rows, unknown
 
@@ -86,6 +86,7 @@ def _parse(stock: Parser, d: Config, rows: list[Row], ch: int, verbose: bool) ->
     probes = sorted({source for row in own if isinstance(row.source, list) for source in row.sources})
     config = _with_stand_ins(d, rows, probes)
     kept_act = Conv.default_act
+    mode = training_form.of_yaml(d)
     try:
         with _table(verbose) as table:
             layers, _ = stock(config, ch=ch, verbose=verbose)
@@ -95,7 +96,7 @@ def _parse(stock: Parser, d: Config, rows: list[Row], ch: int, verbose: bool) ->
             stand_in = parsed[row.index]
             # what the YAML's activation asks for holds for stock layers inside ours too, and for no later model
             Conv.default_act = _first(stand_in, Conv).act
-            parsed[row.index], arguments = _build(row, stand_in, widths)
+            parsed[row.index], arguments = _build(row, stand_in, widths, mode)
             table.replace(row, _count(stand_in), parsed[row.index], arguments)
         table.print(len(rows))
     finally:
@@ -145,7 +146,7 @@ def _lighter_head(d: Config, rows: list[Row]) -> bool:
     return not legacy
 
 
-def _build(row: Row, stand_in: nn.Module, widths: dict[int, int]) -> tuple[nn.Module, list[Any]]:
+def _build(row: Row, stand_in: nn.Module, widths: dict[int, int], mode: str) -> tuple[nn.Module, list[Any]]:
     """The real layer in place of its stand-in, and its arguments as the table prints them."""
     assert row.layer is not None
     c1 = [widths[source] for source in row.sources] if isinstance(row.source, list) else _first_conv(stand_in).in_channels
@@ -162,6 +163,7 @@ def _build(row: Row, stand_in: nn.Module, widths: dict[int, int]) -> tuple[nn.Mo
             strides = [name for name in _STRIDES if name in after.signature.parameters]
             after.arguments.update(dict.fromkeys(strides, 1))
             blocks += [make(cls, after) for _ in range(n - 1)]
+        blocks = [training_form.in_form(block, row.mode, mode) for block in blocks]
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError, LookupError) as error:
         reason = str(error) or type(error).__name__
         channels = f"c1={c1}" if row.is_trunk else f"c1={c1}, c2={c2} after scaling"

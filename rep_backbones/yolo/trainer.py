@@ -31,7 +31,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 from rep_backbones import decay
 from rep_backbones.export.files import replacing
 from rep_backbones.rules import FoldError, multi_branch
-from rep_backbones.yolo import branch_log, machines, training_keys
+from rep_backbones.yolo import branch_log, machines, training_form, training_keys
+from rep_backbones.yolo.fusing import unmerged
 from rep_backbones.yolo.guard import refuse_fused, some
 
 __all__ = ["TRAINERS", "RepTrainer"]
@@ -89,6 +90,24 @@ class KeepsBranches(_Base):
                 self._guarded(self._branch_log.plot)
             self._save_deploy()
 
+    # ---- the form of the branches ------------------------------------------------------------------------------------
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        keys, optimizer = training_keys.of(self.args), self.args.optimizer
+        search = None if keys["scales"] is None or self.resume else self._search(keys["scales"])
+        model = super().get_model(training_form.config_for(cfg, keys, optimizer), weights, verbose)
+        if search is not None:
+            training_form.adopt_scales(model, search, weights=not weights)
+        return model
+
+    def _search(self, file: Any) -> nn.Module:
+        """The model whose learned scales are the constants of this one's branches."""
+        from rep_backbones.yolo.checkpoint import load_precise
+
+        if training_form.stock_of(self.args.optimizer) is None:
+            raise ValueError(f"scales= is for optimizer=RepSGD or RepAdamW, not for {self.args.optimizer}")
+        return load_precise(file).model
+
     # ---- weight decay, and several machines ----------------------------------------------------------------------------
 
     def _keep(self, keys: dict[str, Any]) -> None:
@@ -109,8 +128,13 @@ class KeepsBranches(_Base):
         with training_keys.hidden(self.args):
             return super().get_validator()
 
-    def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        optimizer = super().build_optimizer(model, *args, **kwargs)
+    def build_optimizer(self, model: Any, name: str = "auto", *args: Any, **kwargs: Any) -> Any:
+        stock = training_form.stock_of(name)
+        if stock is None:
+            training_form.refuse_without_masks(name, unwrap_model(model))
+        optimizer = super().build_optimizer(model, stock or name, *args, **kwargs)
+        if stock is not None:
+            optimizer = training_form.rep_optimizer(name, optimizer, unwrap_model(model))
         decay.spare(optimizer, unwrap_model(model))
         if training_keys.of(self.args)["decay"] == "equivalent":
             decay.decay_equivalent(optimizer, unwrap_model(model))
@@ -207,7 +231,7 @@ class KeepsBranches(_Base):
         target = self.wdir / "best_deploy.pt"
         try:
             best = load_precise(self.best, trust=True)  # this very run wrote it
-            if not multi_branch(best.model):
+            if not unmerged(best.model):
                 LOGGER.info(f"{target.name} is not written: this model has no multi-branch layers to merge.")
                 return
             if bad := branch_log.not_finite(best.model):

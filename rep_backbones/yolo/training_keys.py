@@ -1,10 +1,12 @@
 """The keys of a training that Ultralytics does not have: in recipes, on the command line of `rep-yolo`, and in Python as
 arguments of `YOLO(...).train(trainer=RepTrainer, ...)`.
 
-| key     | default | meaning                                                                                         |
-|---------|---------|-------------------------------------------------------------------------------------------------|
-| `decay` | `plain` | `equivalent`: the kernels of multi-branch layers decay as the one that is deployed (see `decay`)  |
-| `wdf`   | 1.0     | the weight decay ends at `weight_decay * wdf`, along half a cosine over all epochs, as MobileOne's |
+| key        | default | meaning                                                                                            |
+|------------|---------|----------------------------------------------------------------------------------------------------|
+| `branches` | `model` | `online`: each layer with branches is folded in each step and runs as one (see `training_form`)      |
+| `scales`   | None    | with `optimizer=RepSGD` or `RepAdamW`: a checkpoint of `branches=online` whose scales are the constants |
+| `decay`    | `plain` | `equivalent`: the kernels of multi-branch layers decay as the one that is deployed (see `decay`)     |
+| `wdf`      | 1.0     | the weight decay ends at `weight_decay * wdf`, along half a cosine over all epochs, as MobileOne's    |
 
 They are kept in the training's arguments only where they differ from the default, so that a checkpoint of a run without them
 can be resumed by Ultralytics alone.
@@ -13,6 +15,7 @@ can be resumed by Ultralytics alone.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +23,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 DECAYS = ("plain", "equivalent")
-DEFAULTS: dict[str, Any] = {"decay": "plain", "wdf": 1.0}
+BRANCHES = ("model", "online", "gradient")
+DEFAULTS: dict[str, Any] = {"branches": "model", "scales": None, "decay": "plain", "wdf": 1.0}
 
 
 def split(arguments: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -39,6 +43,13 @@ def check(keys: Mapping[str, Any]) -> None:
     """Raises ValueError for a value that is not accepted, with those that are."""
     if (decay := keys.get("decay", "plain")) not in DECAYS:
         raise ValueError(f"decay={decay!r} is unknown; accepted are {' and '.join(DECAYS)}")
+    if (branches := keys.get("branches", "model")) not in BRANCHES:
+        raise ValueError(
+            f"branches={branches!r} is unknown; accepted are online, gradient (which optimizer=RepSGD and RepAdamW ask for "
+            "themselves), and model, as the model's YAML says"
+        )
+    if (scales := keys.get("scales")) is not None and not isinstance(scales, (str, os.PathLike)):
+        raise ValueError(f"scales={scales!r} is not accepted; give a checkpoint, such as runs/detect/search/weights/best.pt")
     wdf = keys.get("wdf", 1.0)
     if isinstance(wdf, bool) or not isinstance(wdf, (int, float)) or not 0 <= wdf <= 1:
         raise ValueError(

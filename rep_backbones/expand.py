@@ -96,8 +96,8 @@ def expand(
         options: arguments of the block, such as `n=2` for MobileOneBlock.
 
     Raises:
-        ExpandError: an unknown block or mode, one that can't keep the function, a pattern that matches nothing, or a layer that
-            can't be expanded, with its path and the reason.
+        ExpandError: an unknown block or mode, one that can't keep the function, a pattern that matches nothing, or a layer
+            that can't be expanded, with its path and the reason.
     """
     cls = _block_class(block)
     try:

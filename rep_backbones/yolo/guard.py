@@ -17,8 +17,8 @@ from ultralytics.nn import tasks
 
 from rep_backbones.rules import multi_branch
 from rep_backbones.yolo.expanding import has_expanded, load_plain
-from rep_backbones.yolo.training_form import fitting
 from rep_backbones.yolo.pretrained import Pretrained
+from rep_backbones.yolo.training_form import fitting
 
 SHOWN = 5  # names in a message
 REMEDY = (

@@ -1,12 +1,12 @@
 """The keys of a training that Ultralytics does not have: in recipes, on the command line of `rep-yolo`, and in Python as
 arguments of `YOLO(...).train(trainer=RepTrainer, ...)`.
 
-| key        | default | meaning                                                                                            |
-|------------|---------|----------------------------------------------------------------------------------------------------|
-| `branches` | `model` | `online`: each layer with branches is folded in each step and runs as one (see `training_form`)      |
-| `scales`   | None    | with `optimizer=RepSGD` or `RepAdamW`: a checkpoint of `branches=online` whose scales are the constants |
-| `decay`    | `plain` | `equivalent`: the kernels of multi-branch layers decay as the one that is deployed (see `decay`)     |
-| `wdf`      | 1.0     | the weight decay ends at `weight_decay * wdf`, along half a cosine over all epochs, as MobileOne's    |
+| key        | default | meaning                                                                                      |
+|------------|---------|----------------------------------------------------------------------------------------------|
+| `branches` | `model` | `online`: layers with branches are folded in each step and run as one (see `training_form`)  |
+| `scales`   | None    | for `optimizer=RepSGD`, `RepAdamW`: a run of `branches=online` whose scales are the constants |
+| `decay`    | `plain` | `equivalent`: kernels of multi-branch layers decay as the one that is deployed (see `decay`)  |
+| `wdf`      | 1.0     | the weight decay ends at `weight_decay * wdf`, along half a cosine, as MobileOne's            |
 
 They are kept in the training's arguments only where they differ from the default, so that a checkpoint of a run without them
 can be resumed by Ultralytics alone.

@@ -1,4 +1,7 @@
-"""What branches cost in training: a layer against its plain twin, the layer of the same deployed form, in turn."""
+"""What branches cost in training: a layer against its plain twin, the layer of the same deployed form, in turn.
+
+Forward and backward alone, or the whole step where an optimizer is given.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rep_backbones.export.latency import rounds
 from rep_backbones.fuse import fuse
@@ -68,6 +72,7 @@ def step_costs(
     warmup: int = 3,
     seconds: float = math.inf,
     each: Callable[[], object] = lambda: None,
+    optimizers: Mapping[str, Optimizer] | None = None,
 ) -> dict[str, Cost]:
     """Forward and backward of each layer, in turn, so that a slow moment of the machine meets all of them.
 
@@ -76,18 +81,21 @@ def step_costs(
             or a loss, `()`.
         x: the input, whose gradient is computed too if it requires one.
         repeats, warmup, seconds, each: as `runs`, `warmup`, `seconds` and `each` of `latency.rounds`.
+        optimizers: by the layers' names; their step counts too.
     """
     saved = {name: saved_bytes(layer, x) for name, layer in layers.items()}
     peaks = {name: peak_bytes(layer, x) for name, layer in layers.items()}
-    steps = {name: partial(_step, layer, x) for name, layer in layers.items()}
+    steps = {name: partial(_step, layer, x, (optimizers or {}).get(name)) for name, layer in layers.items()}
     taken = rounds(steps, runs=repeats, warmup=warmup, seconds=seconds, each=each)
     return {name: Cost([ms / 1e3 for ms in taken[name]], saved[name], peaks[name]) for name in layers}
 
 
-def _step(layer: nn.Module, x: Tensor) -> None:
+def _step(layer: nn.Module, x: Tensor, optimizer: Optimizer | None = None) -> None:
     layer.zero_grad(set_to_none=True)
     out = layer(_fresh(x))
     (out.square().mean() if out.dim() else out).backward()
+    if optimizer is not None:
+        optimizer.step()
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
 

@@ -376,13 +376,17 @@ def _composed(a: AffineConv, b: AffineConv) -> AffineConv:
     right = first.reshape(g, cm, -1, ha, wa)
     c2 = left.shape[1]
     # Output tap u = s + t: a full convolution of the two kernels, written as a product over the middle channels for each
-    # tap of b.
-    weight = first.new_zeros(g, c2, right.shape[2], ha + hb - 1, wa + wb - 1)
+    # tap of b; in one product behind a 1x1 kernel, as an online fold makes it in each step.
     flat = right.reshape(g, cm, -1)
-    for s in range(hb):
-        for t in range(wb):
-            product = (left[..., s, t] @ flat).reshape(g, c2, -1, ha, wa)
-            weight = weight + nn.functional.pad(product, (t, wb - 1 - t, s, hb - 1 - s))
+    if (ha, wa) == (1, 1):
+        product = left.permute(0, 1, 3, 4, 2).reshape(g, -1, cm) @ flat
+        weight = product.reshape(g, c2, hb, wb, -1).permute(0, 1, 4, 2, 3).contiguous()
+    else:
+        weight = first.new_zeros(g, c2, right.shape[2], ha + hb - 1, wa + wb - 1)
+        for s in range(hb):
+            for t in range(wb):
+                product = (left[..., s, t] @ flat).reshape(g, c2, -1, ha, wa)
+                weight = weight + nn.functional.pad(product, (t, wb - 1 - t, s, hb - 1 - s))
     padding = _added(a.padding, _times(a.stride, b.padding))
     bias = b.bias
     if a.bias is not None:

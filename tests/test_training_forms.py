@@ -16,6 +16,7 @@ from yolo_helpers import model_yaml, noise, randomize_norms, tiny_data, tiny_run
 import rep_backbones
 from rep_backbones.gradient_form import BUFFERS, masked, to_gradient
 from rep_backbones.online import Online
+from rep_backbones.registry import LAYERS, Layer
 from rep_backbones.rep_optimizers import RepAdamW, RepSGD
 from rep_backbones.rules import multi_branch
 from rep_backbones.yolo import checkpoint, training_form
@@ -117,6 +118,16 @@ def test_an_expansion_has_the_models_form_or_its_own(tmp_path: Path, request_: s
     assert forms(model) == expected
     torch.testing.assert_close(model.eval()(noise())[0], plain.eval()(noise())[0])
     torch.testing.assert_close(model.train()(noise())["boxes"], plain.train()(noise())["boxes"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_with_a_mode_of_its_own_keeps_the_keyword(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Conv2d):
+        def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, mode: str = "zeros") -> None:
+            super().__init__(c1, c2, k, s, k // 2, padding_mode=mode)
+
+    monkeypatch.setitem(LAYERS, "Own", Layer(Own, "Own", "stage"))
+    rows = ROWS.replace("RepConv, [32, 3, 2{second}]", "Own, [32, 3, 2, {{mode: reflect}}]").replace("[-1, 2,", "[-1, 1,")
+    assert built(tmp_path, rows=rows).get_submodule("model.2").padding_mode == "reflect"
 
 
 def test_python_notes_the_form_in_the_models_yaml(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from rep_backbones.registry import LAYERS
 from rep_backbones.rep_optimizers import RepSGD
 from rep_backbones.rules import FoldError
 from rep_backbones.yolo import pages
-from rep_backbones.yolo.benchmark import ROOT, device
 from rep_backbones.yolo.command import ended
+from rep_backbones.yolo.devices import at_hand, machine
+from rep_backbones.yolo.pages import ROOT
 from rep_backbones.yolo.training_cost import Cost, plain_twin, step_costs
 
 TOOL = "tools/training_forms.py"
@@ -81,18 +82,18 @@ def row(label: str, layer: nn.Module, x: Tensor, repeats: int) -> str:
 
 def table(blocks: Sequence[str], trunks: Sequence[str], repeats: int) -> Iterator[str]:
     yield (
-        f"Float32 on {device()}, {torch.get_num_threads()} of them used, median (and quartiles) over {repeats} rounds, in "
-        "each of which all forms make one step in turn: forward, backward and SGD with momentum, or RepSGD. Multiples of the "
-        f"plain twin's step of the same round. Other programs ran on the machine.\n\n{HEADER}"
+        f"Float32 on {machine(at_hand('cpu'))}, {torch.get_num_threads()} of them used, median (and quartiles) over {repeats} rounds, in "
+        "each of which all forms make one step in turn: forward, backward and SGD with momentum, or RepSGD. Multiples of "
+        f"the plain twin's step of the same round. Other programs ran on the machine.\n\n{HEADER}"
     )
     draw = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     for name in tqdm(blocks, unit="block"):
         for n, c, size in SHAPES:
-            yield row(name, LAYERS[name].cls(c, c), torch.randn(n, c, size, size, generator=draw), repeats)
+            yield row(name, LAYERS[name].cls(c, c), torch.randn(n, c, size, size, generator=draw).requires_grad_(), repeats)
     for name in tqdm(trunks, unit="trunk"):
         n, c, size = PICTURES
-        yield row(name, create_backbone(name, 10), torch.randn(n, c, size, size, generator=draw), repeats)
+        yield row(name, create_backbone(name, 10), torch.randn(n, c, size, size, generator=draw).requires_grad_(), repeats)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

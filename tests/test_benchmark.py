@@ -9,6 +9,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -109,8 +110,8 @@ def test_a_loss_is_taken_as_it_is_and_the_input_has_a_gradient_only_if_asked() -
 def test_every_runtime_of_the_cpu_runs_a_network() -> None:
     there, notes = runtimes.at_hand(CPU)
     assert list(there) == ["PyTorch", "ONNX Runtime", "OpenVINO"] and not notes
-    calls = runtimes.opened(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), torch.rand(1, 3, 8, 8), there)
-    assert list(calls) == list(there)
+    calls, failed = runtimes.opened(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), torch.rand(1, 3, 8, 8), there)
+    assert list(calls) == list(there) and not failed
     for call in calls.values():
         call()
 
@@ -123,12 +124,40 @@ def test_a_runtime_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch
     assert list(runtimes.at_hand(torch.device("cuda", 0))[0])[:3] == ["PyTorch", "CUDA graph", "torch.compile"]
 
 
+def test_what_fails_in_one_runtime_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(form: runtimes.Form) -> runtimes.Call:
+        raise RuntimeError("no such operator\nand much more")
+
+    def fails_in_use(form: runtimes.Form) -> runtimes.Call:
+        return lambda: fails(form)
+
+    monkeypatch.setattr(runtimes, "CPU", {"PyTorch": runtimes._eager, "A": fails, "B": fails_in_use})
+    forms = {MULTI: network, FUSED: lambda: network(FUSED)}
+    monkeypatch.setattr(inference, "GROUPS", (Group("mine", forms, {}, 16, {"cpu": (1,)}),))
+    assert benchmark.main(["infer", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    text = files(tmp_path)[".md"]
+    assert rows(text)[0] == ["network", "PyTorch, ms", "of fused"]
+    for name in ("A", "B"):
+        assert f"- mine, fused, batch 1, does not run in {name}: RuntimeError: no such operator\n" in text
+
+
+def test_a_gap_of_the_table_is_empty() -> None:
+    found = [inference.Row("repvgg_a2, fused", "PyTorch", 224, 8, [2.0], [1.0])]
+    found += [
+        inference.Row("resnet50", key, 224, 8, [3.0], [1.5] if key == "PyTorch" else []) for key in ("PyTorch", "Other")
+    ]
+    assert rows(inference._text(found))[1:] == [
+        ["repvgg_a2, fused", "2.0", "1.00 (1.00 to 1.00)", "", ""],
+        ["resnet50", "3.0", "1.50 (1.50 to 1.50)", "3.0", ""],
+    ]
+
+
 @pytest.mark.gpu
 def test_every_runtime_of_a_gpu_runs_a_network() -> None:
     there, _ = runtimes.at_hand(torch.device("cuda", 0))
-    model = RepVGGBlock(8, 8).eval()
-    for call in runtimes.opened(model, torch.rand(2, 8, 16, 16, device="cuda"), there).values():
-        call()
+    calls, failed = runtimes.opened(RepVGGBlock(8, 8).eval(), torch.rand(2, 8, 16, 16, device="cuda"), there)
+    assert list(calls) == list(there) and not failed
+    for call in calls.values():
         call()
 
 
@@ -177,7 +206,9 @@ def test_train_of_detectors_and_what_cannot_be_expanded(tmp_path: Path, monkeypa
     assert made[".md"].endswith("- a note\n") and "time, whole detector" in drawn(made[".svg"])
 
 
-def test_the_expansions_of_yolo11n(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_expansions_of_yolo11n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small detector stands for it."""
+    monkeypatch.setattr(training, "YOLO", lambda name: SimpleNamespace(model=built(tmp_path, "Conv")))
     monkeypatch.setattr(training, "ours", lambda: ["BepC3", "RepConvN"])
     notes: list[str] = []
     forms = training.DETECTORS["yolo11n"](notes)

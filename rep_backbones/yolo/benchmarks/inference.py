@@ -146,23 +146,27 @@ def measured(device: torch.device, quick: bool, only: str, runs: int | None) -> 
     rows: list[Row] = []
     for group in groups:
         for batch in group.batches[device.type][: 1 if quick else None]:
-            rows += _compared(group, batch, device, plan, runs or plan.runs, openers)
+            rows += _compared(group, batch, device, plan, runs or plan.runs, openers, notes)
     return Findings("Inference", _text(rows), [asdict(row) for row in rows], _picture(rows), notes)
 
 
-def _compared(group: Group, batch: int, device: torch.device, plan: Plan, runs: int, openers: dict[str, Any]) -> list[Row]:
+def _compared(
+    group: Group, batch: int, device: torch.device, plan: Plan, runs: int, openers: dict[str, Any], notes: list[str]
+) -> list[Row]:
     size = plan.size or group.size
     x = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     made = {**{_named(group, form): make for form, make in group.forms.items()}, **group.others}
     calls: dict[tuple[str, str], runtimes.Call] = {}  # network, runtime
     with quiet(), no_downloads():
         for name, make in tqdm(made.items(), desc=f"opening {group.name}", unit="network"):
-            calls |= {(name, key): call for key, call in runtimes.opened(make(), x, openers).items()}
+            there, failed = runtimes.opened(make(), x, openers)
+            calls |= {(name, key): call for key, call in there.items()}
+            notes += [f"{name}, batch {batch}, does not run in {key}: {why}" for key, why in failed.items()]
     with tqdm(total=WARMUP + runs, desc=f"{group.name}, batch {batch}", unit="round") as bar:
         taken = rounds(calls, runs=runs, warmup=WARMUP, seconds=plan.seconds, each=bar.update)
-    fused = {key: taken[_named(group, FUSED), key] for key in openers}
+    fused = {key: ms for (name, key), ms in taken.items() if name == _named(group, FUSED)}
     return [
-        Row(name, key, size, batch, ms, [own / other for own, other in zip(ms, fused[key])])
+        Row(name, key, size, batch, ms, [own / other for own, other in zip(ms, fused.get(key, []))])
         for (name, key), ms in taken.items()
     ]
 
@@ -189,8 +193,9 @@ def _text(rows: Sequence[Row]) -> str:
         tables.setdefault((_group_of(row).name, row.size, row.batch), []).append(row)
     for (name, size, batch), those in tables.items():
         keys = list(dict.fromkeys(row.runtime for row in those))
+        at = {(row.name, row.runtime): (_ms(row), _spread(row.of_fused)) for row in those}
         cells = [
-            [network, *(cell for row in _of(those, network) for cell in (_ms(row), _spread(row.of_fused)))]
+            [network, *(cell for key in keys for cell in at.get((network, key), ("", "")))]
             for network in dict.fromkeys(row.name for row in those)
         ]
         header = ["network", *(cell for key in keys for cell in (f"{key}, ms", "of fused"))]
@@ -200,10 +205,6 @@ def _text(rows: Sequence[Row]) -> str:
 
 def _group_of(row: Row) -> Group:
     return next(g for g in GROUPS if row.name in g.others or row.name in {_named(g, form) for form in g.forms})
-
-
-def _of(rows: Sequence[Row], network: str) -> list[Row]:
-    return [row for row in rows if row.name == network]
 
 
 def _picture(rows: Sequence[Row]) -> str:
@@ -221,4 +222,4 @@ def _ms(row: Row) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""

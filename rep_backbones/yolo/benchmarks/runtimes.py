@@ -35,15 +35,26 @@ class Form:
     file: Path
 
 
-def opened(model: nn.Module, x: Tensor, runtimes: Mapping[str, Callable[[Form], Call]]) -> dict[str, Call]:
-    """The network in each of `runtimes`, ready to run on `x`; it is brought to the device of `x`."""
+def opened(
+    model: nn.Module, x: Tensor, runtimes: Mapping[str, Callable[[Form], Call]]
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """The network in each of `runtimes`, run on `x` once, and why it fails in others; it is brought to the device of `x`."""
+    calls: dict[str, Call] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:  # every runtime has read the file when it is ready
         form = Form(model.eval().requires_grad_(False), x, Path(folder) / "model.onnx")
         if any(open_ in FROM_FILE for open_ in runtimes.values()):
             with jit_unwarned():
                 torch.onnx.export(model.cpu(), (x.cpu(),), form.file, dynamo=False, opset_version=OPSET)
         model.to(x.device)
-        return {name: open_(form) for name, open_ in runtimes.items()}
+        for name, open_ in runtimes.items():
+            try:
+                call = open_(form)
+                call()  # what is compiled at first use
+                calls[name] = call
+            except Exception as error:  # of whatever stands behind it: out of memory, an operator that it does not know
+                failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return calls, failed
 
 
 def at_hand(device: torch.device) -> tuple[dict[str, Callable[[Form], Call]], list[str]]:
@@ -113,7 +124,8 @@ def _engine(form: Form) -> Call:
         plan = builder.build_serialized_network(network, builder.create_builder_config())
         if plan is None:
             raise ValueError("TensorRT builds no engine of the network")
-        engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+        runtime = trt.Runtime(logger)
+        engine = runtime.deserialize_cuda_engine(plan)
         context = engine.create_execution_context()
         buffers = [form.x.contiguous()]
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
@@ -126,7 +138,7 @@ def _engine(form: Form) -> Call:
         stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
 
-    def call(kept: Any = (engine, buffers)) -> None:
+    def call(kept: Any = (logger, runtime, engine, buffers)) -> None:
         context.execute_async_v3(stream.cuda_stream)
         stream.synchronize()
 

@@ -31,6 +31,7 @@ from rep_backbones.yolo.benchmarks.results import Findings
 from rep_backbones.yolo.training_cost import Cost, plain_twin, step_costs
 
 CPU = torch.device("cpu")
+SHORT = ("train", "--quick", "--only", "ConvBNAct")
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -315,10 +316,10 @@ def test_a_run_that_does_not_end_leaves_the_old_files(
         (["train", "--only", "Nope"], "--only Nope matches nothing; there are ACBlock"),
         (["infer", "--only", "Nope"], "--only Nope matches nothing; there are efficientrep-n, repvgg_a2, repvgg_b1g4"),
         (["fuse", "--only", "Nope"], "--only Nope matches nothing; there are fuse"),
-        (["train", "--device", "99"], "--device 99: "),
-        (["train", "--device", "tpu"], "--device tpu is not known; accepted are cpu"),
-        (["infer", "--repeats", "0"], "--repeats 0 is not accepted"),
-        (["train", "--out", "file/there"], "cannot write"),
+        ([*SHORT, "--device", "99"], "--device 99: "),
+        ([*SHORT, "--device", "tpu"], "--device tpu is not known; accepted are cpu"),
+        ([*SHORT, "--repeats", "0"], "--repeats 0 is not accepted"),
+        ([*SHORT, "--out", "file/there"], "cannot write"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

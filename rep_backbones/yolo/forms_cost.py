@@ -81,9 +81,10 @@ def row(label: str, layer: nn.Module, x: Tensor, repeats: int) -> str:
 
 
 def table(blocks: Sequence[str], trunks: Sequence[str], repeats: int) -> Iterator[str]:
+    place = machine(at_hand("cpu"))
     yield (
-        f"Float32 on {machine(at_hand('cpu'))}, {torch.get_num_threads()} of them used, median (and quartiles) over {repeats} rounds, in "
-        "each of which all forms make one step in turn: forward, backward and SGD with momentum, or RepSGD. Multiples of "
+        f"Float32 on {place}, {torch.get_num_threads()} of them used, median (and quartiles) over {repeats} rounds, in each "
+        " of which all forms make one step in turn: forward, backward and SGD with momentum, or RepSGD. Multiples of "
         f"the plain twin's step of the same round. Other programs ran on the machine.\n\n{HEADER}"
     )
     draw = torch.Generator().manual_seed(0)

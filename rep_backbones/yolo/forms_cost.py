@@ -84,7 +84,7 @@ def table(blocks: Sequence[str], trunks: Sequence[str], repeats: int) -> Iterato
     place = machine(at_hand("cpu"))
     yield (
         f"Float32 on {place}, {torch.get_num_threads()} of them used, median (and quartiles) over {repeats} rounds, in each "
-        " of which all forms make one step in turn: forward, backward and SGD with momentum, or RepSGD. Multiples of "
+        "of which all forms make one step in turn: forward, backward and SGD with momentum, or RepSGD. Multiples of "
         f"the plain twin's step of the same round. Other programs ran on the machine.\n\n{HEADER}"
     )
     draw = torch.Generator().manual_seed(0)

@@ -157,6 +157,21 @@ def test_a_wrong_kernel_is_not_proved(what: str) -> None:
         proved(RIGHT, WRONG[what], pictures(RIGHT))
 
 
+@pytest.mark.parametrize(
+    "original",
+    [
+        lambda x: RIGHT(x) * x.shape[0],
+        lambda x: RIGHT(x.clamp(-1e5, 1e5)),
+        lambda x: RIGHT(x + 1e-3 * (x.abs() < 1e-3)),
+        lambda x: RIGHT(x) + (x.shape[3] > 5),
+    ],
+    ids=["several pictures", "loud ones", "quiet ones", "large ones"],
+)
+def test_pictures_are_of_many_kinds(original: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(Unproved):
+        proved(original, RIGHT, pictures(RIGHT))
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_measurement_is_not_merged(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Same(nn.Module):

@@ -321,6 +321,15 @@ def test_the_type_of_the_model_is_kept(dtype: torch.dtype) -> None:
     assert type(fused) is nn.Conv2d and fused.weight.dtype is dtype and not fused.weight.requires_grad
 
 
+def test_a_kernel_that_does_not_fit_its_type_is_left() -> None:
+    block: Any = made(lambda: Bent(lambda m, x: m.a(x) + m.b(x))).half()
+    with torch.no_grad():
+        block.b.weight.fill_(4e4)
+        block.a.weight.fill_(4e4)
+    fused, found = fuse_measured(block, torch.zeros(1, C, 9, 9, dtype=torch.float16))
+    assert fused is block and "does not fit into torch.float16" in found[0].reason
+
+
 # ---- the words -----------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
+from rep_backbones.blank import BlankConv
+
 Pair = tuple[int, int]
 
 
@@ -30,16 +32,6 @@ def pair(value: int | tuple[int, ...]) -> Pair:
     if len(value) != 2:
         raise AlgebraError(f"expected an integer or a pair (height, width), got {value!r}")
     return value[0], value[1]
-
-
-class _Blank(nn.Conv2d):
-    """A convolution whose numbers are about to be written, so that no random ones are drawn.
-
-    `nn.utils.skip_init` goes by way of the meta device, which takes seconds to load.
-    """
-
-    def reset_parameters(self) -> None:
-        """Leaves them as they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +85,8 @@ class AffineConv:
     def __repr__(self) -> str:
         (kh, kw), bias = self.kernel_size, "no bias" if self.bias is None else "bias"
         return (
-            f"AffineConv({self.in_channels} -> {self.out_channels}, kernel {kh}x{kw}, stride {self.stride}, padding "
-            f"{self.padding}, "
-            f"dilation {self.dilation}, groups {self.groups}, {bias})"
+            f"AffineConv({self.in_channels} -> {self.out_channels}, kernel {kh}x{kw}, stride {self.stride}, "
+            f"padding {self.padding}, dilation {self.dilation}, groups {self.groups}, {bias})"
         )
 
     # ---- nn.Conv2d in and out ---------------------------------------------------------------------------------------
@@ -105,8 +96,7 @@ class AffineConv:
         """The value of a convolution layer; shares its parameters.
 
         Raises:
-            AlgebraError: for a padding mode other than "zeros", which is not a convolution at the border, and for
-                padding="same" with an even extent, which pads one side more than the other.
+            AlgebraError: for a padding mode other than "zeros", and padding="same" with an even extent.
         """
         if conv.padding_mode != "zeros":
             raise AlgebraError(f"padding_mode={conv.padding_mode!r} is not affine at the border; only 'zeros' is")
@@ -125,17 +115,8 @@ class AffineConv:
     def to_conv(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
         """A new `nn.Conv2d` with this kernel, always with a bias, on the kernel's device, in its dtype or the given one."""
         c2, dtype, device = self.out_channels, dtype or self.weight.dtype, self.weight.device
-        conv = _Blank(
-            self.in_channels,
-            c2,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            dtype=dtype,
-            device=device,
-        )
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        conv = BlankConv(self.in_channels, c2, *sizes, dtype=dtype, device=device)
         conv.__class__ = nn.Conv2d  # type: ignore[assignment]
         with torch.no_grad():
             conv.weight.copy_(self.weight)
@@ -178,12 +159,10 @@ class AffineConv:
         behind = [K - k - f for K, k, f in zip(kernel_size, value.kernel_size, front)]
         if min(*front, *behind) < 0 or front != behind or not all(f.is_integer() for f in front):
             raise AlgebraError(
-                f"a kernel {value.kernel_size} with padding {value.padding} does not embed into kernel {kernel_size} "
-                f"with padding {padding} and dilation "
-                f"{dilation}: it would need {_plain(front)} zeros in front and {_plain(behind)} behind, which must be "
-                "equal, whole and not negative. "
-                "Kernel sizes of parallel branches must differ by an even number, and paddings by half of what that "
-                "adds to the extent"
+                f"a kernel {value.kernel_size} with padding {value.padding} does not embed into kernel {kernel_size} with "
+                f"padding {padding} and dilation {dilation}: it would need {_plain(front)} zeros in front and "
+                f"{_plain(behind)} behind, which must be equal, whole and not negative. Kernel sizes of parallel branches "
+                "must differ by an even number, and paddings by half of what that adds to the extent"
             )
         top, left = int(front[0]), int(front[1])
         weight = nn.functional.pad(value.weight, (left, left, top, top))
@@ -297,14 +276,13 @@ class AffineConv:
             if b.padding[axis] and (a.extent[axis] > 1 or a.padding[axis]):
                 raise AlgebraError(
                     f"in series, the second convolution pads {b.padding[axis]} in {name} behind a first one of extent "
-                    f"{a.extent[axis]} and padding "
-                    f"{a.padding[axis]}: not a convolution at the border. Put all padding in front of the first"
+                    f"{a.extent[axis]} and padding {a.padding[axis]}: not a convolution at the border. Put all padding in "
+                    "front of the first"
                 )
         if any(b.padding) and a.bias is not None:
             raise AlgebraError(
                 f"in series, the second convolution pads {b.padding} with zeros behind a first one with a bias: not a "
-                "convolution at the border. "
-                "Pad with the bias instead (containers.PaddedBatchNorm2d), or put the padding in front of the first"
+                "convolution at the border. Pad with the bias instead (containers.PaddedBatchNorm2d), or put the padding first"
             )
         if replace(b, padding=(0, 0)).per_channel:
             value = replace(a.scaled(b.weight.reshape(-1)), padding=_added(a.padding, _times(a.stride, b.padding)))
@@ -457,9 +435,7 @@ def batch_norm(bn: nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm) -> Affine
     """
     mean, var = bn.running_mean, bn.running_var
     if mean is None or var is None:
-        raise AlgebraError(
-            "batch normalization without running statistics (track_running_stats=False) is not affine in eval"
-        )
+        raise AlgebraError("a norm without running statistics (track_running_stats=False) is not affine in eval")
     factor = (var + bn.eps).rsqrt()
     if bn.weight is not None:
         factor = factor * bn.weight

@@ -17,7 +17,19 @@ PACKAGE = ROOT / "rep_backbones"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each room, and those that it may import; a later one may import all before it
 VERBS = "fuse verify foreign pairs candidates expand decay online_form gradient_form rep_optimizers training_forms"
-ARROWS = ("affine", "containers", "rules", "online", "registry", "blocks", "backbones", VERBS, "weights", "export", "yolo")
+ARROWS = (
+    "blank affine",
+    "containers",
+    "rules",
+    "online",
+    "registry",
+    "blocks",
+    "backbones",
+    VERBS,
+    "weights",
+    "export",
+    "yolo",
+)
 ALLOWED_BACK = {  # a room -> what else it may name, and why
     "registry": {"blocks"},
     "export": {"__version__"},

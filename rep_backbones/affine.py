@@ -282,7 +282,7 @@ class AffineConv:
         if any(b.padding) and a.bias is not None:
             raise AlgebraError(
                 f"in series, the second convolution pads {b.padding} with zeros behind a first one with a bias: not a "
-                "convolution at the border. Pad with the bias instead (containers.PaddedBatchNorm2d), or put the padding first"
+                "convolution at the border. Pad with the bias instead (containers.PaddedBatchNorm2d), or pad in front"
             )
         if replace(b, padding=(0, 0)).per_channel:
             value = replace(a.scaled(b.weight.reshape(-1)), padding=_added(a.padding, _times(a.stride, b.padding)))

@@ -343,4 +343,6 @@ def test_dots_are_named_and_a_picture_alone_needs_no_page() -> None:
     assert "var(--hue7)" in inside
     picture = svg.alone(inside)
     assert "var(" not in picture and "#2f6fe0" in picture and 'height="100%" fill="#ffffff"/>' in picture
-    assert {"first", "second", "time", "memory", "multiples", "1", "2"} <= drawn(picture)
+    assert {"first", "second", "time", "memory", "multiples", "1", "1.5", "3"} <= drawn(picture)
+    wide = drawn(charts.dots([("a", [Bar("ms", 0.04, hue=0), Bar("ms", 60.0, hue=0)])], "milliseconds"))
+    assert {"0.05", "10", "50"} <= wide and not {"1.5", "15"} & wide

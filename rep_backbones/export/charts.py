@@ -125,7 +125,8 @@ def dots(found: Sequence[tuple[str, Sequence[Bar]]], title: str, *, mark: float 
         if mark is not None:
             axes.axvline(mark, color=INK, ls="--", lw=0.8)
         axes.set(xscale="log", xlim=(low, high))
-        ticks = [t for p in range(-3, 6) for t in (10.0**p, 2 * 10.0**p, 5 * 10.0**p) if low <= t <= high]
+        steps = (1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5)
+        ticks = [step * 10.0**power for power in range(-3, 6) for step in steps if low <= step * 10.0**power <= high]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
 

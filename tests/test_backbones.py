@@ -172,6 +172,7 @@ def test_networks_train_as_classifiers(name):
 def test_copies_and_pickles_are_the_same(features_only, fused):
     model = randomize_norms(small("repvgg_d2se", features_only=features_only)).eval()
     model = fuse(model) if fused else model
+    assert type(model) in torch.serialization.get_safe_globals(), "known to weights-only loading"
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -230,6 +231,7 @@ def test_torchvisions_retinanet_trains_on_one_and_predicts_the_same_fused():
         ({"in_chans": 0}, r"in_chans=0 is not accepted"),
         ({"width": 0}, r"width=0 is not accepted; give a multiple"),
         ({"depth": float("nan")}, r"depth=nan is not accepted"),
+        ({"depth": 65}, r"depth=65 is not accepted; give a multiple of what is published, such as 0.5, up to 64"),
         ({"out_indices": [1]}, r"out_indices=\[1\] needs features_only=True"),
         ({"out_indices": [], "features_only": True}, r"out_indices=\[\] is not accepted; give a list of stages, 0 to 4"),
         ({"out_indices": [5], "features_only": True}, r"0 to 4, or -5 to -1"),

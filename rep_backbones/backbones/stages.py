@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from rep_backbones.registry import near
 
+LARGEST = 64  # multiple of a published width or depth
+
 
 @dataclass(frozen=True)
 class Step:
@@ -152,11 +154,13 @@ class Trunk(Stages):
 
 
 def check_multiples(**given: float) -> None:
-    """Refuse multiples that are no positive numbers.
+    """Refuse multiples that are no positive numbers, or over 64, which nobody needs and no memory holds.
 
     Raises:
         ValueError: naming the first of them.
     """
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} is not accepted; give a multiple of what is published, such as 0.5")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
+            raise ValueError(
+                f"{name}={value!r} is not accepted; give a multiple of what is published, such as 0.5, up to {LARGEST}"
+            )

@@ -23,33 +23,43 @@ def indexed(rows: list[Row], d: Config, ch: int) -> list[Row]:
         ValueError: for a wrong number of channels or output, and for any other row that takes a trunk's list; with the row
             and what is right.
     """
-    trunks = {row.index: (row, _channels(row, ch)) for row in rows if row.is_trunk}
+    trunks = {row.index: (row.given[2], _channels(row, ch)) for row in rows if row.is_trunk}
     return [_checked(row, d, trunks) for row in rows] if trunks else rows
 
 
 def _channels(row: Row, ch: int) -> list[int | None]:
-    """The channels of each output of a trunk, from its shapes alone; the first is its input, known where that is the
-    picture.
+    """The channels of each output of a trunk, from its shapes alone; None where they depend on an input that is not the
+    picture, whose channels only the stock parser knows.
     """
+    channels = _shaped(row, ch)
+    others = channels if row.sources == [-1] else _shaped(row, 2 * ch)
+    return [c if c == other else None for c, other in zip(channels, others)]
+
+
+def _shaped(row: Row, c1: int) -> list[int]:
     assert row.layer is not None
-    picture = row.sources == [-1]
+    cls, bound = row.layer.cls, bind(row, c1, 0, 1)
     try:
-        with torch.device("meta"):
-            trunk = make(row.layer.cls, bind(row, ch, 0, 1))
-    except (TypeError, ValueError, RuntimeError) as error:
+        try:
+            with torch.device("meta"):
+                trunk = make(cls, bound)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta tensor" not in str(error):  # a layer of the user's may need numbers while it is built
+                raise
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                trunk = make(cls, bound)
+        return list(trunk.channels)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise row.error(f"{row.layer.name} cannot be made: {error}") from error
-    first, *others = trunk.channels  # type: ignore[misc]
-    return [first if picture else None, *others]
 
 
-def _checked(row: Row, d: Config, trunks: dict[int, tuple[Row, list[int | None]]]) -> Row:
+def _checked(row: Row, d: Config, trunks: dict[int, tuple[str, list[int | None]]]) -> Row:
     given = [row.source] if isinstance(row.source, int) else row.source
     places = [i if i >= 0 else row.index + i for i in given if type(i) is int] if isinstance(given, (list, tuple)) else []
     found = next((place for place in places if place in trunks), None)
     if found is None:
         return row
-    trunk, channels = trunks[found]
-    name = trunk.given[2]
+    name, channels = trunks[found]
     if row.layer or row.given[2] != "Index" or row.given[1] != 1 or not isinstance(row.source, int):
         last = len(channels) - 1
         raise row.error(
@@ -62,10 +72,10 @@ def _checked(row: Row, d: Config, trunks: dict[int, tuple[Row, list[int | None]]
         outputs = ", ".join(f"{place} ({n} channels)" for place, n in enumerate(channels) if n is not None)
         raise row.error(f"Index takes [channels, output]; the outputs of row {found}, {name}, are {outputs}, got {args}")
     right = channels[i]
-    if right is None:
-        raise row.error(f"output 0 of row {found}, {name}, is its input; take row {trunk.sources[0]} instead")
-    if c is not None and (type(c) is not int or c != right):
+    if right is None and type(c) is not int:
+        raise row.error(f"the channels of output {i} of row {found}, {name}, depend on its input; give their number")
+    if right is not None and c is not None and (type(c) is not int or c != right):
         raise row.error(
             f"output {i} of row {found}, {name}, has {right} channels, got {c!r}; write [{right}, {i}] or [None, {i}]"
         )
-    return replace(row, given=[row.source, 1, "Index", [right, i]])
+    return replace(row, given=[row.source, 1, "Index", [right or c, i]])

@@ -20,7 +20,7 @@ from rep_backbones import create_backbone, register_layer
 from rep_backbones.backbones import Stages
 from rep_backbones.registry import TRUNKS
 from rep_backbones.rules import multi_branch
-from rep_backbones.yolo import checkpoint
+from rep_backbones.yolo import checkpoint, install, user_code
 from rep_backbones.yolo.fuse_export_cli import main
 from rep_backbones.yolo.safe_yaml import validated
 from rep_backbones.yolo.stock import to_stock
@@ -90,8 +90,11 @@ def test_the_variant_may_be_the_scale():
 def test_a_trunk_may_stand_behind_other_rows():
     layers, _ = parse([-1, 1, "Conv", [16, 3, 2]], [-1, 1, "MobileOne", ["s1", 0.25]], [1, 1, "Index", [None, 2]])
     assert layers[1].channels[0] == 16 and layers[1].stem[0].affine_part.kxk_0.conv.in_channels == 16
-    with pytest.raises(ValueError, match="row 2.*output 0 of row 1, MobileOne, is its input; take row 0 instead"):
-        parse([-1, 1, "Conv", [16, 3, 2]], [-1, 1, "MobileOne", ["s1", 0.25]], [1, 1, "Index", [None, 0]])
+    first = [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "MobileOne", ["s1", 0.25]]]
+    with pytest.raises(ValueError, match="row 2.*channels of output 0 of row 1, MobileOne, depend on its input; give their"):
+        parse(*first, [1, 1, "Index", [None, 0]])
+    layers, _ = parse(*first, [1, 1, "Index", [16, 0]], [-1, 1, "Conv", [8]])
+    assert layers[3].conv.in_channels == 16
 
 
 @pytest.mark.parametrize(
@@ -135,10 +138,11 @@ def test_a_bad_trunk_is_named_with_what_is_accepted(row, said):
 
 
 class TwoStages(nn.Module):
-    """A trunk of a user's own."""
+    """A trunk of a user's own, which computes with numbers while it is built."""
 
     def __init__(self, c1, width):
         super().__init__()
+        self.rates = torch.linspace(0, 0.1, 2).tolist()
         self.first, self.second = nn.Conv2d(c1, width, 3, 2, 1), nn.Conv2d(width, 2 * width, 3, 2, 1)
         self.channels = [width, 2 * width]
 
@@ -146,15 +150,34 @@ class TwoStages(nn.Module):
         return [y := self.first(x), self.second(y)]
 
 
-def test_trunks_of_the_user():
+class WithoutChannels(nn.Module):
+    def __init__(self, c1):
+        super().__init__()
+
+
+def test_trunks_of_the_user(tmp_path):
+    for cls in (TwoStages, WithoutChannels):
+        register_layer(cls, outputs="list")
     try:
-        register_layer(TwoStages, outputs="list")
-        layers, _ = parse([-1, 1, "TwoStages", [8]], [0, 1, "Index", [None, 1]], [-1, 1, "Conv", [8]])
-        assert layers[2].conv.in_channels == 16
         with pytest.raises(ValueError, match="output 0 of row 0, TwoStages, has 8 channels, got 9"):
             parse([-1, 1, "TwoStages", [8]], [0, 1, "Index", [9, 0]])
+        with pytest.raises(ValueError, match="row 0.*WithoutChannels cannot be made: .*no attribute 'channels'"):
+            parse([-1, 1, "WithoutChannels", [{}]], [0, 1, "Index", [9, 0]])
+        trunk = [
+            [-1, 1, "Conv", [8, 3, 2]],
+            [-1, 1, "TwoStages", [8]],
+            [1, 1, "Index", [None, 0]],
+            [1, 1, "Index", [None, 1]],
+        ]
+        model = detector(trunk, [[[2, 3], 1, "Detect", ["nc"]]]).eval()
+        assert model.stride.tolist() == [4, 8]
+        torch.save({"model": model, "train_args": {"task": "detect"}}, tmp_path / "best.pt")
+        assert torch.equal(outputs(checkpoint.load(tmp_path / "best.pt").model), outputs(model))
+        assert f"import {__name__}\n" in install._worker_imports()
+        assert user_code.load([__name__]) == [], "it registers a trunk"
     finally:
         TRUNKS.pop("TwoStages", None)
+        TRUNKS.pop("WithoutChannels", None)
     with pytest.raises(TypeError, match="outputs='list' the first arguments must be c1; they are layout"):
         register_layer(Stages, outputs="list")
     with pytest.raises(ValueError, match="accepted are 'one' and 'list'"):

@@ -120,6 +120,24 @@ def test_an_expansion_has_the_models_form_or_its_own(tmp_path: Path, request_: s
     torch.testing.assert_close(model.train()(noise())["boxes"], plain.train()(noise())["boxes"], rtol=1e-4, atol=1e-4)
 
 
+def test_stock_layers_in_the_gradient_form_lose_their_masks_when_fused(tmp_path: Path) -> None:
+    model = built(tmp_path, rows=STOCK, top="expand: {block: RepVGGBlock, mode: gradient}").eval()
+    assert list(masked(model)) and not model.is_fused() and not multi_branch(model)  # type: ignore[operator]
+    before = model(noise())[0]
+    fused = model.fuse(verbose=False)  # type: ignore[operator]
+    assert fused.is_fused() and not list(masked(fused))
+    torch.testing.assert_close(fused(noise())[0], before, rtol=1e-4, atol=1e-3)
+
+
+def test_plain_weights_go_into_expansions_of_two_forms(tmp_path: Path) -> None:
+    both = "[{block: ACBlock, layers: model.1}, {block: RepVGGBlock, layers: model.2, mode: gradient}]"
+    model = built(tmp_path, rows=STOCK, top=f"expand: {both}")
+    plain = randomize_norms(built(tmp_path, rows=STOCK))
+    model.load(plain)  # type: ignore[operator]
+    assert forms(model) == "bgb" and len(multi_branch(model)) == 1
+    torch.testing.assert_close(model.eval()(noise())[0], plain.eval()(noise())[0])
+
+
 def test_a_layer_with_a_mode_of_its_own_keeps_the_keyword(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(nn.Conv2d):
         def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, mode: str = "zeros") -> None:

@@ -27,7 +27,7 @@ slow: .venv/done
 # their own warnings about newer libraries are no errors there
 RELEASES := 8.3.252 8.4.100
 ADAPTER := $(wildcard tests/test_yolo_*.py tests/test_checkpoint*.py) tests/test_models.py tests/test_rep_yolo.py \
-	tests/test_training.py tests/test_tasks.py tests/test_recipes.py tests/test_machines.py tests/test_trunk_rows.py \
+	tests/test_training.py tests/test_tasks.py tests/test_recipes.py tests/test_machines.py \
 	tests/test_branch_log.py tests/test_fuse_export.py tests/test_report.py \
 	tests/test_samples.py tests/test_formats.py tests/test_backends.py tests/test_demo.py
 

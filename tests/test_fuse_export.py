@@ -30,8 +30,9 @@ from rep_backbones.rules import multi_branch
 from rep_backbones.yolo.fuse_export_cli import main
 
 ROOT = Path(__file__).parent.parent
-MODELS = [  # those of four levels are large, and of the operators of the others
-    pytest.param(path.stem, marks=pytest.mark.slow if path.stem.startswith("efficientrep6") else ())
+FAMILIES = {"cspdarknet-weighted", "efficientrep", "efficientrep-qa", "mobileone", "repvgg", "yolo11-repconv"}
+MODELS = [  # each takes seconds; the others are of the same operators
+    pytest.param(path.stem, marks=() if path.stem in FAMILIES else pytest.mark.slow)
     for path in sorted((ROOT / "cfg").glob("*.yaml"))
 ]
 

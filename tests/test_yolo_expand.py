@@ -192,6 +192,7 @@ def test_the_command_refuses(args: list[str], said: str) -> None:
         with_yaml(args, trust=False)
 
 
+@pytest.mark.slow
 def test_trained_interrupted_resumed_fused_and_exported(
     tmp_path: Path,
     tiny_data: Path,  # noqa: F811

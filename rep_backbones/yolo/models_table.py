@@ -158,8 +158,12 @@ def _family(name: str) -> str:
 def _sizes(rows: Sequence[Counted]) -> str:
     """What the pictures are of which GFLOPs are counted."""
     common = max(row.size for row in rows)
-    others = {row.size: Path(row.name).stem for row in rows if row.size != common}
-    return f"Pictures of {common} x {common}" + "".join(f", of {n} x {n} for {name}" for n, name in others.items())
+    others: dict[int, list[str]] = {}
+    for row in rows:
+        if row.size != common:
+            others.setdefault(row.size, []).append(Path(row.name).stem)
+    told = [f", of {n} x {n} for {' to '.join(dict.fromkeys([stems[0], stems[-1]]))}" for n, stems in others.items()]
+    return f"Pictures of {common} x {common}" + "".join(told)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("runs", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("runs", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_at_any_moment(runs: int, tmp_path: Path) -> None:
     older = saved(tmp_path)
     assert main([str(older), "--format", "onnx", "--out", str(tmp_path / "old")]) == 0

@@ -87,14 +87,16 @@ def on_paper(name):
 
 @cache
 def numbers_on_paper(name):
-    """All parameters, layers with branches, and parameters of the first row; a model that is kept slows down every test
-    after it.
+    """All parameters, layers with branches, parameters of the first row, and convolutions that merging takes away; a model
+    that is kept slows down every test after it.
     """
     layers = on_paper(name)
     head = layers[-1]
     assert type(head).__name__ == ("Classify" if name.endswith("-cls.yaml") else "Detect")
     assert getattr(head, "legacy", False) is False
-    return numbers([layers]), len(multi_branch(layers)), numbers(layers[:1])
+    merged = [part for _, _, part in multi_branch(layers)]
+    fewer = sum(sum(isinstance(module, nn.Conv2d) for module in part.modules()) - 1 for part in merged)
+    return numbers([layers]), len(merged), numbers(layers[:1]), fewer
 
 
 def is_plain(name):

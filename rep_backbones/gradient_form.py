@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rep_backbones.containers import Block, Parallel, Scale, children_of
+from rep_backbones.containers import Parallel, Scale, children_of
 from rep_backbones.online import Online
-from rep_backbones.online_form import apart, is_online, to_online, with_norm
+from rep_backbones.online_form import apart, is_online, to_online, with_norm, with_parts
 from rep_backbones.rules import FoldError, NeedsChannels, equivalent, in_float64, multi_branch
 
 # buffers of a convolution, each of its weight's shape; the last only where there is such a branch
@@ -74,14 +74,7 @@ def to_gradient(model: nn.Module, *, scales: nn.Module | None = None, inplace: b
                 made.append((path, layer, _plain(part)))
             except FoldError as error:
                 raise error.below(path) from error
-    for path, layer, part in made:
-        if isinstance(layer, Block):
-            layer.set_submodule("branches", part)
-        elif path:
-            model.set_submodule(path, part)
-        else:
-            return part
-    return model
+    return with_parts(model, made)
 
 
 def masked(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d, Masks]]:

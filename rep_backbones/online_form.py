@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ def to_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 made.append((path, layer, _online(part)))
             except FoldError as error:
                 raise error.below(f"{path}.branches" if isinstance(layer, Block) and path else path) from error
+    return with_parts(model, made)
+
+
+def with_parts(model: nn.Module, made: Iterable[tuple[str, nn.Module, nn.Module]]) -> nn.Module:
+    """The model, changed: each layer, by path, has the affine part that was made for it; a lone part is that part."""
     for path, layer, part in made:
         if isinstance(layer, Block):
             layer.set_submodule("branches", part)

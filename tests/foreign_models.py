@@ -5,6 +5,7 @@ Only names, order of registration and computation are theirs; each gives the out
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -17,13 +18,14 @@ def conv_bn(c1: int, c2: int, k: int, s: int = 1, g: int = 1) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c2)))
 
 
-class Merging(nn.Module):
+class Merging(nn.Module, ABC):
     """A sum of branches, each `(kernel or None, norm)`, which `deploy` replaces by one convolution called `merged_name`."""
 
     merged_name = "rbr_reparam"
 
+    @abstractmethod
     def branches(self) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
-        raise NotImplementedError
+        """Of one layer."""
 
     def total(self, x: Tensor) -> Tensor:
         if hasattr(self, self.merged_name):

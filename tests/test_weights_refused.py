@@ -77,16 +77,16 @@ def test_a_spoilt_file(name: str) -> None:
     spoil, words = SPOILT[name]
     state = source.state_dict()
     spoil(state)
-    refused(ours, state, "RepVGG's authors'", "Nothing was changed", *words)
+    assert refused(ours, state, "RepVGG's authors'", "Nothing was changed", *words)
 
 
 def test_a_merged_file_that_is_spoilt() -> None:
     source, ours = authors_repvgg("repvgg_a0")
     state = theirs.deployed(source).state_dict()
     kernel = state.pop("stage2.0.rbr_reparam.weight")
-    refused(ours, state, "stage2.0")
+    assert refused(ours, state, "stage2.0")
     state["stage2.0.rbr_reparam.weight"] = kernel[:, :, 1:, 1:]
-    refused(ours, state, "stage2.0.rbr_reparam.weight (24, 16, 2, 2)", "(24, 16, 3, 3)")
+    assert refused(ours, state, "stage2.0.rbr_reparam.weight (24, 16, 2, 2)", "(24, 16, 3, 3)")
 
 
 def test_branches_that_are_spoilt_for_a_fused_model() -> None:
@@ -94,41 +94,41 @@ def test_branches_that_are_spoilt_for_a_fused_model() -> None:
     fused = rep_backbones.fuse(ours)
     whole = source.state_dict()
     for key in ("stage2.0.rbr_dense.conv.weight", "stage2.0.rbr_1x1.bn.running_mean", "stage3.1.rbr_identity.bias"):
-        refused(fused, {name: tensor for name, tensor in whole.items() if name != key}, key.rpartition(".rbr")[0])
+        assert refused(fused, {name: tensor for name, tensor in whole.items() if name != key}, key.rpartition(".rbr")[0])
 
 
 @pytest.mark.parametrize(
     ("source", "target"), [("repvgg_a0", "repvgg_b0"), ("repvgg_a0", "repvgg_a1"), ("repvgg_d2se", "repvgg_b0")]
 )
 def test_another_network(source: str, target: str) -> None:
-    refused(backbone(target, width=0.25, depth=0.4), authors_repvgg(source)[0].state_dict(), "does not fit")
+    assert refused(backbone(target, width=0.25, depth=0.4), authors_repvgg(source)[0].state_dict(), "does not fit")
 
 
 def test_a_file_of_another_family() -> None:
     mobileone = made(lambda: theirs.MobileOne((16, 16, 16, 32, 32), (1, 1, 1, 1), 2, (0, 0, 0, 0)))
-    refused(backbone("repvgg_a0", width=0.25, depth=0.2), mobileone.state_dict(), "stage0.rbr_conv.0", "kxk.")
+    assert refused(backbone("repvgg_a0", width=0.25, depth=0.2), mobileone.state_dict(), "stage0.rbr_conv.0", "kxk.")
 
 
 def test_yolov6_of_another_form_of_neck() -> None:
     state = v6("n").state_dict()
     state["neck.upsample0.upsample_transpose.weight"] = state.pop("neck.Bifusion0.upsample.upsample_transpose.weight")
-    refused(detector("efficientrep"), state, "neck.upsample0.upsample_transpose.weight", "not known")
+    assert refused(detector("efficientrep"), state, "neck.upsample0.upsample_transpose.weight", "not known")
     state = v6("n").state_dict()
     without("neck.Rep_n4")(state)
-    refused(detector("efficientrep"), state, "no neck.Rep_n4")
+    assert refused(detector("efficientrep"), state, "no neck.Rep_n4")
     state = v6("m").state_dict()
     state["backbone.ERBlock_2.1.cv9.block.conv.weight"] = torch.zeros(1)
-    refused(detector("efficientrep-m"), state, "backbone.ERBlock_2.1.", "not known")
+    assert refused(detector("efficientrep-m"), state, "backbone.ERBlock_2.1.", "not known")
 
 
 def test_a_row_of_yolov7_that_is_not_there() -> None:
     target: Any = made(lambda: DetectionModel(dict(theirs.YOLOv7.YAML), verbose=False))
     state = made(theirs.YOLOv7).state_dict()
     without("model.4")(state)
-    refused(target, state, "model.4.conv.weight", "not in the file")
+    assert refused(target, state, "model.4.conv.weight", "not in the file")
     state["model.2.conv.weight"] = torch.zeros(8, 8, 3, 3)
-    refused(target, state, "model.2")
-    refused(backbone("repvgg_a0", width=0.25, depth=0.2), made(theirs.YOLOv7).state_dict(), "numbered rows", "YAML")
+    assert refused(target, state, "model.2")
+    assert refused(backbone("repvgg_a0", width=0.25, depth=0.2), made(theirs.YOLOv7).state_dict(), "numbered rows", "YAML")
 
 
 def test_names_of_nobody() -> None:
@@ -141,12 +141,12 @@ def test_our_own_names_spoilt() -> None:
     ours = backbone("repvgg_a0", width=0.25, depth=0.2)
     state = dict(ours.state_dict())
     state["stem.0.branches.kxk.conv.wait"] = state.pop("stem.0.branches.kxk.conv.weight")
-    refused(ours, state, "stem.0.branches.kxk.conv.weight")
+    assert refused(ours, state, "stem.0.branches.kxk.conv.weight")
     state = dict(ours.state_dict(), **{"head.weight": torch.zeros(3, 320)})
-    refused(ours, state, "head.weight (3, 320)", "head.weight (10, 320)")
+    assert refused(ours, state, "head.weight (3, 320)", "head.weight (10, 320)")
     state = dict(ours.state_dict())
     del state["stem.0.branches.1x1.bn.running_mean"]
-    refused(ours, state, "stem.0.branches.1x1.bn.running_mean")
+    assert refused(ours, state, "stem.0.branches.1x1.bn.running_mean")
 
 
 def test_not_strict_loads_what_fits_and_names_the_rest() -> None:
@@ -179,7 +179,7 @@ def test_a_trunk_that_ends_where_a_stage_ends() -> None:
     assert {key.split(".")[0] for key in report.unused} == {"stage4", "linear"}
     assert len(stages(ours)) == 4
     del ours.stage3[2]  # type: ignore[union-attr]
-    refused(ours, source.state_dict(), "stage3.2", "no layer for")
+    assert refused(ours, source.state_dict(), "stage3.2", "no layer for")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------------
@@ -220,9 +220,9 @@ def test_safetensors(ours: nn.Module, state: State, tmp_path: Path, monkeypatch:
     library.save_file({key: tensor.contiguous() for key, tensor in state.items()}, file)
     assert not rep_backbones.load_weights(ours, str(file)).missing
     file.write_bytes(file.read_bytes()[:-100])
-    refused(ours, file, str(file), "truncated")
+    assert refused(ours, file, str(file), "truncated")
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
-    refused(ours, file, "pip install safetensors")
+    assert refused(ours, file, "pip install safetensors")
 
 
 class Runs:
@@ -237,15 +237,15 @@ class Runs:
 
 def test_a_file_with_code_is_not_executed(ours: nn.Module, state: State, tmp_path: Path) -> None:
     torch.save({"state_dict": state, "config": Runs(tmp_path / "made")}, tmp_path / "evil.pth")
-    refused(ours, tmp_path / "evil.pth", "evil.pth", "mkdir", "nothing in it was executed", "state_dict()")
+    assert refused(ours, tmp_path / "evil.pth", "evil.pth", "mkdir", "nothing in it was executed", "state_dict()")
     assert not (tmp_path / "made").exists()
 
 
 def test_a_whole_model_is_refused_with_what_to_do(ours: nn.Module, tmp_path: Path) -> None:
     torch.save({"model": theirs.YOLOv7()}, tmp_path / "yolov7.pth")
-    refused(ours, tmp_path / "yolov7.pth", "foreign_models.YOLOv7", "torch.save(model.float().state_dict()")
+    assert refused(ours, tmp_path / "yolov7.pth", "foreign_models.YOLOv7", "torch.save(model.float().state_dict()")
     torch.save(rep_backbones.blocks.RepVGGBlock(3, 8), tmp_path / "block.pth")
-    refused(ours, tmp_path / "block.pth", "torch.save(model.float().state_dict()")
+    assert refused(ours, tmp_path / "block.pth", "torch.save(model.float().state_dict()")
 
 
 def test_files_that_are_none(ours: nn.Module, state: State, tmp_path: Path) -> None:
@@ -258,17 +258,17 @@ def test_files_that_are_none(ours: nn.Module, state: State, tmp_path: Path) -> N
     }.items():
         (tmp_path / name).write_bytes(content)
         assert "weights_only" not in refused(ours, tmp_path / name, name, "damaged")
-    refused(ours, tmp_path / "none.pth", "none.pth", "does not exist")
-    refused(ours, tmp_path, "is a folder")
-    refused(ours, "https://example.com/weights.pth", "nothing is downloaded")
+    assert refused(ours, tmp_path / "none.pth", "none.pth", "does not exist")
+    assert refused(ours, tmp_path, "is a folder")
+    assert refused(ours, "https://example.com/weights.pth", "nothing is downloaded")
     (tmp_path / "weights.onnx").write_bytes(whole)
-    refused(ours, tmp_path / "weights.onnx", ".onnx", ".pth")
+    assert refused(ours, tmp_path / "weights.onnx", ".onnx", ".pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    refused(ours, tmp_path / "list.pth", "list")
+    assert refused(ours, tmp_path / "list.pth", "list")
     torch.save({"epoch": 3}, tmp_path / "epoch.pth")
-    refused(ours, tmp_path / "epoch.pth", "no tensors", "epoch")
-    refused(ours, {}, "nothing")
-    refused(ours, {**state, "epoch": 3}, "epoch", "int")
+    assert refused(ours, tmp_path / "epoch.pth", "no tensors", "epoch")
+    assert refused(ours, {}, "nothing")
+    assert refused(ours, {**state, "epoch": 3}, "epoch", "int")
     with pytest.raises(TypeError, match="int"):
         rep_backbones.load_weights(ours, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="torch.nn.Module"):

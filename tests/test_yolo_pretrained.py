@@ -61,7 +61,9 @@ def test_load_of_ultralytics(weights: Path, yaml: Path, source: Any) -> None:
 
 def test_a_bare_state_dict_called_pt(source: Any, yaml: Path, tmp_path: Path) -> None:
     torch.save(source.state_dict(), tmp_path / "weights.pt")
-    same(source, YOLO(str(yaml)).load(str(tmp_path / "weights.pt")).model)
+    model = YOLO(str(yaml)).load(str(tmp_path / "weights.pt")).model
+    assert is_loaded(model, source)
+    same(source, model)
 
 
 def test_load_into_an_expanded_model(source: Any, weights: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,12 @@ def cost(run: Callable[[], Any]) -> Cost:
     return Cost(counted.steps, counted.convs, counted.flops, counted.bytes)
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode, ABC):
     """Calls `seen` for each operation that computes tensors from tensors; views are none."""
 
+    @abstractmethod
     def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor], flops: int) -> None:
-        raise NotImplementedError
+        """An operation, what it was given, the tensors that it made, and the FLOPs that it took."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -10,6 +10,7 @@ Each is made twice: in float64 to be proved, and in the model's own type.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ class NoForm(ValueError):
     """A module that can't be put together in some form."""
 
 
-class Form:
+class Form(ABC):
     """One way to put convolutions in place of parts of a module.
 
     Raises, when it is made:
@@ -64,9 +65,9 @@ class Form:
         self.steps = steps
         self.parts = parts
 
+    @abstractmethod
     def build(self, module: nn.Module, convs: Convs) -> nn.Module:
         """The module with the convolutions in place; `module` is the one that was traced, in any type, and may change."""
-        raise NotImplementedError
 
     @contextmanager
     def built(self, module: nn.Module, convs: Convs) -> Iterator[nn.Module]:

@@ -145,14 +145,14 @@ def test_collapse_puts_everything_back() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [
+    [  # with ids that are the same in each process
         ({"layers": "0"}, ["0.0"]),
         ({"layers": "3.*.0", "kernels": [(1, 9), (9, 1)]}, ["3.2.0", "3.3.0"]),
         ({"layers": ["1.first", "4"]}, ["1.first", "4.0"]),
         ({"layers": lambda path, conv: conv.stride == (2, 2)}, ["1.first"]),
         ({"kernels": 5}, ["3.1.0"]),
     ],
-    ids=str,
+    ids=["a pattern", "a pattern and kernels", "names", "a predicate", "a kernel size"],
 )
 def test_layers_are_chosen(asked: dict, expected: list[str]) -> None:
     assert [path for path, _, _ in multi_branch(expand(network(), "RepConv", **asked))] == expected

@@ -100,17 +100,22 @@ def bars(found: Sequence[Bar], unit: str, title: str, start: float = 0.0) -> str
     return _rows([bar.label for bar in shown], paint, title, row=0.27)
 
 
-def dots(found: Sequence[tuple[str, Sequence[Bar]]], title: str, *, mark: float | None = None) -> str:
-    """A row of dots for each name on a logarithmic axis, each with a line between its smallest and its largest value.
+def dots(
+    found: Sequence[tuple[str, Sequence[Bar]]], title: str, *, mark: float | None = None, logarithmic: bool = True
+) -> str:
+    """A row of dots for each name, each with a line between its smallest and its largest value.
 
     Args:
         found: name, and its dots, whose `label` says what they are: one colour each, named below the chart.
         title: what is measured.
         mark: where a line is drawn.
+        logarithmic: the axis; its values must be positive then.
     """
     kinds = {bar.label: bar.hue for _, bars in found for bar in bars}
     values = [v for _, bars in found for bar in bars for v in (bar.value, bar.low, bar.high) if v is not None]
-    low, high = min([*values, mark or math.inf]) / 1.1, max([*values, mark or 0.0]) * 1.1
+    low, high = min([*values, math.inf if mark is None else mark]), max([*values, -math.inf if mark is None else mark])
+    air = 0.05 * ((high - low) or 1.0)
+    low, high = (low / 1.1, high * 1.1) if logarithmic else (low - air, high + air)
 
     def paint(axes: Axes) -> None:
         for row, (_, bars) in enumerate(found):
@@ -124,7 +129,9 @@ def dots(found: Sequence[tuple[str, Sequence[Bar]]], title: str, *, mark: float 
                 axes.plot([bar.value], [place], "o", color=colour, ms=3.5)
         if mark is not None:
             axes.axvline(mark, color=INK, ls="--", lw=0.8)
-        axes.set(xscale="log", xlim=(low, high))
+        axes.set(xscale="log" if logarithmic else "linear", xlim=(low, high))
+        if not logarithmic:
+            return
         steps = (1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5)
         ticks = [step * 10.0**power for power in range(-3, 6) for step in steps if low <= step * 10.0**power <= high]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

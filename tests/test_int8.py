@@ -174,6 +174,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shapes.make_shapes(tmp_path_factory.mktemp("data"), train=6, val=4, size=64)
 
 
+def test_a_layer_that_gives_next_to_nothing(tmp_path: Path, data: Path) -> None:
+    """Its values fill no histogram, so that only min-max is left; that was a crash."""
+    model = Head().eval()
+    with torch.no_grad():
+        model.first.weight.mul_(1e-43)
+        model.first.bias.zero_()
+    torch.onnx.export(model, (torch.rand(1, 3, 16, 16),), tmp_path / "head.onnx", dynamo=False, opset_version=18)
+    exact = quantize.named(onnx.load(str(tmp_path / "head.onnx")))
+    with pytest.raises(ValueError, match="bins"):
+        quantize.calibrated(exact, pictures(), "percentile 99.999")
+    chosen, said = open_data(data).calibration, []
+    maker = int8._Maker(exact, quantize.layers(exact), chosen, pictures(2), whole, [])
+    _, tried = maker.best_recipe(said.append)
+    assert tried[0].name == "min-max" and not any("percentile" in entry.name for entry in tried)
+    assert any("percentile 99.999: cannot be taken here" in line for line in said)
+
+
 def named_model(folder: Path) -> Path:
     weights = saved(folder, loud=True)
     content = torch.load(weights, weights_only=False)

@@ -196,7 +196,14 @@ class _Maker:
 
         method = ""
         for by in quantize.METHODS:
-            if attempt(by, _Recipe(self.exact, quantize.calibrated(self.exact, self._batches(by), by))):
+            try:
+                ranges = quantize.calibrated(self.exact, self._batches(by), by)
+            except ValueError as error:  # a layer that gives next to nothing has a range, but no histogram
+                if not method:
+                    raise
+                tell(f"INT8, {by}: cannot be taken here ({error})")
+                continue
+            if attempt(by, _Recipe(self.exact, ranges)):
                 method = by
         name = method
         equal, pairs = cures.equalized(self.exact)

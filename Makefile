@@ -12,13 +12,16 @@ BIN := .venv/bin
 demo: .venv/done
 	$(BIN)/python tools/demo.py
 
+# the tests of a file are one worker's, so that what its fixtures train is trained once
+PARALLEL := -n auto --dist loadfile
+
 test: .venv/done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: .venv/done
 	$(BIN)/ruff check .
 	$(BIN)/mypy rep_backbones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 slow: .venv/done
 	$(BIN)/python -m pytest -m slow
@@ -36,8 +39,8 @@ ADAPTER := $(wildcard tests/test_yolo_*.py tests/test_checkpoint*.py) tests/test
 
 versions: $(RELEASES:%=.versions/%)
 	VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install -q scipy  # which 8.3.252 needs, and the latest not
-	for release in $(RELEASES); do PYTHONPATH=.versions/$$release $(BIN)/python -m pytest -W default $(ADAPTER) || exit 1; done
-	$(BIN)/python -m pytest $(ADAPTER)
+	for release in $(RELEASES); do PYTHONPATH=.versions/$$release $(BIN)/python -m pytest $(PARALLEL) -W default $(ADAPTER) || exit 1; done
+	$(BIN)/python -m pytest $(PARALLEL) $(ADAPTER)
 
 clean:
 	rm -rf .venv .versions build dist *.egg-info

@@ -171,3 +171,35 @@ def test_a_layer_that_workers_cannot_import_is_named(monkeypatch):
 
 def test_importing_registers():
     assert callable(rep_backbones.register_layer) and hasattr(tasks.parse_model, "__wrapped__")
+
+
+# of torch's compiler and of what draws, exports and measures: each takes a tenth of a second to seconds to load
+HEAVY = {
+    "triton",
+    "torch._dynamo",
+    "torch._inductor",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "scipy",
+    "pandas",
+    "jinja2",
+    "thop",
+}
+MEASURING = """
+import torch
+from torch import nn
+
+conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.SiLU())
+rep_backbones.fuse(conv.eval(), foreign="measure", example=torch.rand(1, 3, 16, 16))
+"""
+
+
+@pytest.mark.parametrize("use", ["", MEASURING], ids=["import", "nothing to measure"])
+def test_what_is_heavy_is_not_loaded_before_it_is_needed(use):
+    lines = ["import sys", "from ultralytics import YOLO", "before = set(sys.modules)", "import rep_backbones", use]
+    code = "\n".join([*lines, "print(*sorted(set(sys.modules) - before))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rep_backbones.fuse" in done.stdout.split()
+    assert not HEAVY & set(done.stdout.split())

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -31,35 +30,53 @@ def cost(run: Callable[[], Any]) -> Cost:
     return Cost(counted.steps, counted.convs, counted.flops, counted.bytes)
 
 
-class Counting(TorchDispatchMode, ABC):
-    """Calls `seen` for each operation that computes tensors from tensors; views are none."""
+@dataclass(frozen=True)
+class Step:
+    """An operation that ran: what it was given, what it gave, and the tensors in that."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    made: list[Tensor]
+
+
+class _Told(ABC):
+    """What a dispatch mode tells. Apart from the mode: torch loads its compiler, in seconds, around a mode's own method."""
 
     @abstractmethod
-    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor], flops: int) -> None:
-        """An operation, what it was given, the tensors that it made, and the FLOPs that it took."""
+    def seen(self, step: Step) -> None:
+        """An operation that computed tensors from tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = list(tensors_in(result))
         if made and not _is_view(func) and next(tensors_in(args), None) is not None:
-            count = flop_registry.get(func._overloadpacket)  # of convolutions and matrix products
-            self.seen(func, args, made, count(*args, **(kwargs or {}), out_val=result) if count else 0)
+            self.seen(Step(func, args, kwargs or {}, result, made))
         return result
+
+
+class Counting(_Told, TorchDispatchMode):
+    """Calls `seen` for each operation that computes tensors from tensors; views are none."""
 
 
 class _Counted(Counting):
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # which loads Triton; only what is measured needs it
+
         super().__init__()
+        self._flops = flop_registry  # of convolutions and matrix products
         self.steps = self.convs = self.flops = self.bytes = 0
 
-    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor], flops: int) -> None:
+    def seen(self, step: Step) -> None:
         self.steps += 1
-        self.flops += flops
-        self.bytes += sum(t.numel() * t.element_size() for t in results)
-        if is_convolution(function):
+        count = self._flops.get(step.function._overloadpacket)
+        self.flops += count(*step.args, **step.kwargs, out_val=step.result) if count else 0
+        self.bytes += sum(t.numel() * t.element_size() for t in step.made)
+        if is_convolution(step.function):
             self.convs += 1
             # in float64 the CPU unfolds the input: each output pixel with all that its kernel sees, one group at a time
-            out, kernel = results[0], arguments[1]
+            out, kernel = step.made[0], step.args[1]
             self.bytes += out[:, 0].numel() * kernel[0].numel() * out.element_size()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rep_backbones.foreign.cost import Counting, is_convolution, is_picture
+from rep_backbones.foreign.cost import Counting, Step, is_convolution, is_picture
 
 # modules of torch that are not affine, so that nothing around them needs to be tried
 CURVED = ("torch.nn.modules.activation", "torch.nn.modules.normalization", "torch.nn.modules.instancenorm")
@@ -72,9 +72,9 @@ class _Recording(Counting):
         if not is_picture(output):
             self.found[module].x = None
 
-    def seen(self, function: Any, arguments: tuple[Any, ...], results: list[Tensor], flops: int) -> None:
+    def seen(self, step: Step) -> None:
         if self._aside:
             return
         for module in set(self._open):
             self.found[module].steps += 1
-            self.found[module].convs += is_convolution(function)
+            self.found[module].convs += is_convolution(step.function)

@@ -258,6 +258,55 @@ def test_a_chain_is_collapsed_only_where_it_costs_no_more() -> None:
     compare(wide, fused, 1e-6)
 
 
+class NormRelu(nn.Module):
+    """A norm and an activation in one module."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(c), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(x))
+
+
+def conv(k: int = 1, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(C, C, k, **options)
+
+
+def twice(shared: nn.Module) -> nn.Sequential:
+    """Its first layer stands behind its third one too."""
+    return nn.Sequential(shared, nn.ReLU(), conv(), shared)
+
+
+def test_a_series_with_nothing_to_merge_costs_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise AssertionError("it is taken apart")
+
+    monkeypatch.setattr(fusing._Work, "_taken_apart", none)
+    block = nn.Sequential(conv(3), nn.ReLU())
+    model = made(lambda: nn.Sequential(block, nn.Sequential(conv(), nn.SiLU(), conv(3)), nn.ReLU(), conv()))
+    runs: list[Any] = []
+    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: (runs.append(x), nn.functional.silu(x))[1])
+    fused, found = fuse_measured(model, torch.rand(1, C, 9, 9))
+    assert fused is model and found == [] and len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(conv(3), nn.BatchNorm2d(C), nn.ReLU()),
+        lambda: nn.Sequential(nn.ReLU(), conv(3), NormRelu(C)),
+        lambda: twice(conv()),
+    ],
+    ids=["norm", "norm and activation", "shared"],
+)
+def test_neighbours_in_a_series_are_looked_at(build: Callable[[], nn.Module]) -> None:
+    model = made(build)
+    fused, found = fuse_measured(copy.deepcopy(model), torch.rand(1, C, 9, 9))
+    compare(model, fused, 1e-5)
+    assert [each.outcome for each in found] == ["merged"]
+
+
 # ---- the model around ----------------------------------------------------------------------------------------------------
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rep_backbones.affine import AffineConv
+from rep_backbones.containers import children_of
 from rep_backbones.foreign.cost import Cost, cost
 from rep_backbones.foreign.graph import Part, Steps
 from rep_backbones.foreign.measure import MEMORY, Map, NotAConvolution, answer, measured
@@ -20,7 +21,7 @@ from rep_backbones.foreign.rebuild import below, form
 from rep_backbones.foreign.record import Seen, record
 from rep_backbones.foreign.whole import Changes, outputs
 from rep_backbones.foreign.why import unmerged_sum
-from rep_backbones.rules import doubled, placed
+from rep_backbones.rules import doubled, is_series, placed
 
 # Types that stay as they are, with all that derive from them: others ask for their parts by name, or fuse them later.
 KEPT: set[type[nn.Module]] = set()
@@ -133,13 +134,23 @@ class _Work:
         try:
             if _hooked(module):
                 raise _Left("has forward hooks, which fusing would lose; remove them (handle.remove()) first")
-            if seen.x is None or seen.steps < 2 or any(map(_hooked, module.modules())):
+            if seen.x is None or seen.steps < 2 or any(map(_hooked, module.modules())) or self._apart(module):
                 return module
             with _float64_by_default():
                 return self._taken_apart(module, seen, seen.x.double())
         except (_Left, Unproved, NotAConvolution) as error:
             self._note(module, outcome="left", reason=str(error), convs_before=seen.convs, convs_after=seen.convs)
             return module
+
+    def _apart(self, module: nn.Module) -> bool:
+        """Whether a module is a plain series in which no two neighbours may merge: each is visited for itself."""
+        bent = [self._seen.get(m, Seen()).curved and not self._opens(m) for _, m in children_of(module)]
+        return is_series(module) and all(a or b for a, b in pairwise(bent))
+
+    def _opens(self, module: nn.Module) -> bool:
+        """Whether a module is a norm and an activation: the norm may belong to the convolution in front."""
+        seen = self._seen.get(module, Seen())
+        return seen.curved and not seen.convs and _norms(module)
 
     def _taken_apart(self, module: nn.Module, seen: Seen, x: Tensor) -> nn.Module:
         try:
@@ -181,9 +192,7 @@ class _Work:
         def curved(m: nn.Module) -> bool:
             return self._of(twins, m).curved
 
-        # a norm and an activation in one module: the norm may belong to the convolution in front
-        inner = {m for m in double.modules() if m is not double and curved(m) and not self._of(twins, m).convs}
-        opened = {m for m in inner if _norms(m)}
+        opened = {m for m in double.modules() if m is not double and self._opens(twins.get(m, m))}
         why = ""
         for some in [opened, set()] if opened else [set()]:
             try:

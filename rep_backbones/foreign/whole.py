@@ -25,14 +25,14 @@ class Changes:
 
     def unbearable(self, run: Callable[[], Any], expected: list[Tensor]) -> dict[nn.Module, str]:
         """Take back the changes without which `run` gives what is expected: each old module and why."""
-        if not _fault(run, expected):
-            return {}
         after = [
             (module, name, old, module._modules.get(name))
             for module, children in self._before.items()
             for name, old in children.items()
             if old is not None and module._modules.get(name) is not old
         ]
+        if not after or not _fault(run, expected):
+            return {}
         for module, name, old, _ in after:
             module._modules[name] = old
         taken_back: dict[nn.Module, str] = {}

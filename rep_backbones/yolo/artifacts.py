@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,8 @@ class Job:
     settings: Settings
     size: tuple[int, int]  # (height, width) in pixels
     verbose: bool = False  # let the programs that convert speak
+    answered: dict[bool, list[list[Tensor]]] = field(default_factory=dict)  # of `answers`
+    lock: Any = field(default_factory=Lock)
 
 
 @dataclass
@@ -291,26 +294,40 @@ def _compared(
     tolerance: float,
     made: Made,
 ) -> Report:
+    expected = answers(job, end2end)
+    if not _rows(job, end2end):
+        nc = 0 if job.model.task == "classify" else job.model.model[-1].nc
+        each = iter(expected)
+        return verify(
+            lambda x: _parts(next(each), nc),
+            lambda x: _parts(artifact(x), nc),
+            batches,
+            tolerance=tolerance,
+            resolution=RESOLUTION,
+        )
     with torch.no_grad():
-        reference = exported_form(job.model, end2end, corners=job.settings.nms)
-        if job.settings.nms:
-            reference = NMSModel(
-                reference, get_cfg(DEFAULT_CFG, {"format": "onnx", "batch": job.settings.batch, **NMS})
-            ).eval()
-        if not _rows(job, end2end):
-            nc = 0 if job.model.task == "classify" else job.model.model[-1].nc
-            return verify(
-                lambda x: _parts(_listed(reference(x)), nc),
-                lambda x: _parts(artifact(x), nc),
-                batches,
-                tolerance=tolerance,
-                resolution=RESOLUTION,
-            )
-        pairs = [(_listed(reference(x))[0], artifact(x)[0]) for x in batches]
+        pairs = [(outputs[0], artifact(x)[0]) for outputs, x in zip(expected, batches, strict=True)]
     compared, found = compare_rows(pairs, size=max(job.size), tolerance=max(tolerance, 1e-4))
     if not found:
         made.notes.append(f"{made.path.name}: the pictures show nothing that is detected, so its final rows prove little")
     return compared
+
+
+def answers(job: Job, end2end: bool | None = None) -> list[list[Tensor]]:
+    """What the deploy model answers, in the form that is exported, to each batch that an artefact is compared on.
+
+    Computed once for all formats, and while the first one is exported if a thread beside it asks first.
+    """
+    form = bool(getattr(job.model, "end2end", False)) if end2end is None else end2end
+    with job.lock:
+        if form not in job.answered:
+            reference = exported_form(job.model, form, corners=job.settings.nms)
+            if job.settings.nms:
+                arguments = {"format": "onnx", "batch": job.settings.batch, **NMS}
+                reference = NMSModel(reference, get_cfg(DEFAULT_CFG, arguments)).eval()
+            with torch.no_grad():
+                job.answered[form] = [_listed(reference(x)) for x in _batches(job)]
+        return job.answered[form]
 
 
 def gives_rows(job: Job, graph: OnnxModel) -> bool:

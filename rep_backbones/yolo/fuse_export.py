@@ -133,14 +133,16 @@ def run(
         stack.enter_context(no_downloads())
         stack.enter_context(quiet(not verbose))
         making = Making(report, target, work / stem, tell, status=MISSING if lacking else PROVED)
-        beside = stack.enter_context(ThreadPoolExecutor(1))
+        beside = ThreadPoolExecutor(1)
+        stack.callback(beside.shutdown, cancel_futures=True)
         deployed = None
         trained: Callable[[], Tensor] = partial(predicted, loaded.model, batch)
         try:
             deployed = _fused(loaded, making, batch, settings)
-            trained = beside.submit(trained).result  # meanwhile: an export traces on one core
-            making.keep("pt", making.path(".pt"))
             job = artifacts.Job(target / f"{stem}.pt", making.path(".pt"), deployed, batch, settings, size, verbose)
+            beside.submit(artifacts.answers, job)  # meanwhile: an export traces on one core
+            trained = beside.submit(trained).result
+            making.keep("pt", making.path(".pt"))
             for name in formats:
                 making.add(name, job)
             beside.shutdown()  # what is measured next has the machine for itself

@@ -348,3 +348,25 @@ def test_every_picture_is_compared(tmp_path: Path, batch: int) -> None:
     given = list(artifacts._batches(job))
     assert {len(x) for x in given} == {batch} and torch.cat(given)[:, 0, 0, 0].tolist()[:3] == [0, 1, 2]
     assert len(given) == -(-3 // batch)
+
+
+def test_the_deploy_model_is_asked_once_for_all_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    stock = artifacts.exported_form
+    monkeypatch.setattr(artifacts, "exported_form", lambda *a, **k: (asked.append(a), stock(*a, **k))[1])
+    weights = saved(tmp_path)
+    assert main([str(weights), "--format", "onnx", "torchscript", "--no-latency"]) == 0
+    assert len(asked) == 1
+    assert all(report(weights)["artifacts"][name]["proved"] for name in ("onnx", "torchscript"))
+
+
+def test_a_model_that_fails_to_answer_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the thread beside the export nobody hears it."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("no answer")
+
+    monkeypatch.setattr(artifacts, "exported_form", fails)
+    weights = saved(tmp_path)
+    assert main([str(weights), "--format", "onnx", "--no-latency"]) == 3
+    assert "no answer" in report(weights)["failures"][0]

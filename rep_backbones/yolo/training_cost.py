@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rep_backbones.export.latency import rounds
 from rep_backbones.fuse import fuse
@@ -119,16 +122,34 @@ def peak_bytes(layer: nn.Module, x: Tensor) -> int | None:
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes of what a forward keeps for the backward, without parameters and buffers; storages count once."""
+    """Bytes of what a forward keeps for the backward, without parameters and buffers; storages count once.
+
+    It is what is still there when the forward is over and only its graph is held, whoever holds it and however.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
-    kept: dict[int, Any] = {}
+    given = _fresh(x)
+    with _Storages() as made:
+        graph = layer(given.clone()).grad_fn
+    found = sum(size for address, size in made.alive().items() if address not in own)
+    del graph
+    return found
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other storage takes its address
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(_fresh(x))
-    return sum(storage.nbytes() for storage in kept.values())
+class _Storages(TorchDispatchMode):
+    """Notes the storages that operators give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._seen[storage._cdata] = StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()
+        return out
+
+    def alive(self) -> dict[int, int]:
+        """Address and bytes of those that someone holds."""
+        return {address: size for held, address, size in self._seen.values() if not held.expired()}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from rep_backbones import recompute
 from rep_backbones.affine import batch_norm, pair
 
 
@@ -36,10 +37,28 @@ class Parallel(nn.Module):
         return len(self._modules)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and recompute.applies(x):
+            return self._trained(x)
         branches = iter(self._modules.values())
         total = next(branches)(x)  # type: ignore[misc]
         for branch in branches:
             total = total + branch(x)  # type: ignore[misc]
+        return total
+
+    def _trained(self, x: Tensor) -> Tensor:
+        """The same with less that is kept for the backward."""
+        first, *others = self._modules.values()
+        total = first(x)  # type: ignore[misc]
+        ends = [total.grad_fn]
+        for index, branch in enumerate(others):
+            y = branch(x)  # type: ignore[misc]
+            ends.append(y.grad_fn)
+            # the sum of the first two is new, and no backward needs it
+            if index and (y.shape, y.dtype) == (total.shape, total.dtype):
+                total += y
+            else:
+                total = total + y
+        recompute.release(x, ends)
         return total
 
 

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 from ultralytics.nn import tasks
 
-from rep_backbones import fuse
+from rep_backbones import fuse, recompute
 from rep_backbones.export import diagram
 from rep_backbones.registry import LAYERS, ours
 from rep_backbones.rules import branch_names, multi_branch
@@ -65,8 +65,9 @@ def test_a_layer_of_another_kind_is_drawn_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "ratio"), [("ConvBNAct", 1.0), ("RepVGGBlock", 1.33), ("ACBlock", 1.67), ("DiverseBranchBlock", 3.4)]
 )
-def test_activations_kept_for_the_backward(name: str, ratio: float) -> None:
-    """Against what the authors' own blocks keep, in multiples of conv + BN + ReLU."""
+def test_activations_kept_for_the_backward(name: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against what the authors' own blocks keep, in multiples of conv + BN + ReLU; ours keep less than that."""
+    monkeypatch.setattr(recompute, "applies", lambda x: False)
     layer, x = LAYERS[name].cls(32, 32).train(), torch.randn(8, 32, 80, 80)
     assert saved_bytes(layer, x) / saved_bytes(plain_twin(layer), x) == pytest.approx(ratio, abs=0.05)
 

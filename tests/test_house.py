@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # each room, and those that it may import; a later one may import all before it
 VERBS = "fuse verify foreign pairs candidates expand decay online_form gradient_form rep_optimizers training_forms"
 ARROWS = (
-    "blank affine",
+    "blank affine recompute",
     "containers",
     "rules",
     "online",

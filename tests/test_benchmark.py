@@ -195,6 +195,20 @@ def test_train_writes_a_page_data_and_a_picture(tmp_path: Path, capsys: pytest.C
     assert made[".md"].splitlines()[0] in told.out and "layers: 100%" in told.err
 
 
+def test_a_block_of_repvgg_stands_beside_its_floor_too(tmp_path: Path) -> None:
+    command = ["train", "--quick", "--device", "cpu", "--only", "RepVGGBlock", "--repeats", "2", "--out", str(tmp_path)]
+    assert benchmark.main(command) == 0
+    made = files(tmp_path)
+    _, *table = rows(made[".md"])
+    assert [row[1] for row in table] == ["this package", "timm", training.FLOOR, training.OF_FLOOR]
+    ours, _, floor, beside = json.loads(made[".json"])["rows"]
+    assert beside["twin"] == floor["cost"] and beside["cost"] == ours["cost"] and floor["twin"] == ours["twin"]
+    assert "holds multiples of the floor's instead, conv + BN + ReLU and one 1x1 conv, summed" in made[".md"]
+    layer = training.FLOORS["RepVGGBlock"](8)
+    kinds = [type(module) for module in layer.modules() if not list(module.children())]
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d, nn.ReLU]
+
+
 def test_train_of_detectors_and_what_cannot_be_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, branched = built(tmp_path, "Conv").train(), built(tmp_path).train()
     monkeypatch.setattr(

@@ -16,7 +16,9 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import modules as stock
 
+from rep_backbones.blocks.parts import conv_bn
 from rep_backbones.candidates import ExpandError
+from rep_backbones.containers import Block, Parallel
 from rep_backbones.export import charts
 from rep_backbones.export.charts import Bar
 from rep_backbones.registry import LAYERS, ours
@@ -28,6 +30,7 @@ from rep_backbones.yolo.training_cost import Cost, plain_twin, step_costs
 Shape = tuple[int, int, int]  # pictures, channels, pixels of a side
 
 HERE, TWIN = "this package", "plain twin"
+FLOOR, OF_FLOOR = "floor, conv + BN + ReLU and one 1x1 conv", "this package, against the floor"
 OTHERS = ("Ultralytics", "timm")  # whose blocks are in TODAY
 WARMUP = 2  # untimed rounds of whole detectors
 
@@ -71,9 +74,19 @@ TODAY: dict[str, dict[str, Callable[[int], nn.Module]]] = {
 }
 
 
+def _floor(channels: int) -> nn.Module:
+    """The least that RepVGG's branches can cost: their convolutions, with one norm."""
+    return Block(
+        Parallel({"kxk": conv_bn(channels, channels, 3), "1x1": nn.Conv2d(channels, channels, 1, bias=False)}), act=nn.ReLU()
+    )
+
+
+FLOORS = {"RepVGGBlock": _floor}
+
+
 @dataclass(frozen=True)
 class Row:
-    """A layer or a detector beside its plain twin, in turn."""
+    """A layer or a detector beside its plain twin, or beside its floor, in turn."""
 
     name: str
     of: str
@@ -160,9 +173,12 @@ def _layer(name: str, shape: Shape, device: torch.device, plan: Plan) -> list[Ro
     pictures, channels, size = shape
     layer = LAYERS[name].cls(channels, channels)
     others = {whose: make(channels) for whose, make in TODAY.get(name, {}).items() if _has(whose)}
+    if name in FLOORS:
+        others[FLOOR] = FLOORS[name](channels)
     forms = {TWIN: plain_twin(layer), HERE: layer, **others}
     costs = step_costs(_placed(forms, device), _noise(shape, device, True), plan.runs, seconds=plan.seconds)
-    return [Row(name, whose, shape, cost, costs[TWIN]) for whose, cost in costs.items() if whose != TWIN]
+    found = [Row(name, whose, shape, cost, costs[TWIN]) for whose, cost in costs.items() if whose != TWIN]
+    return [*found, Row(name, OF_FLOOR, shape, costs[HERE], costs[FLOOR])] if name in FLOORS else found
 
 
 def _detector(name: str, forms: Mapping[str, nn.Module], device: torch.device, plan: Plan) -> list[Row]:
@@ -223,6 +239,8 @@ def _text(layers: Sequence[Row], whole: Sequence[Row], plan: Plan, device: torch
         "them compared with the twin's of the same round; given are the median and, in brackets, the smallest and the "
         f"largest. Memory: {memory}."
     ]
+    if any(row.of == OF_FLOOR for row in layers):
+        parts.append(f"The row of {OF_FLOOR} holds multiples of the floor's instead, {FLOOR.partition(', ')[2]}, summed.")
     if layers:
         header = ["layer", "of", *(f"time, {_size(shape)}" for shape in plan.shapes), "memory", "steps"]
         cells = [

@@ -22,6 +22,7 @@ from rep_backbones.yolo.studies import one, page, plan
 from rep_backbones.yolo.studies.costs import latencies, spread, times
 from rep_backbones.yolo.studies.plan import EPOCHS, PLAIN, PROFILES, VARIANTS, WALL_TIME, Run
 
+PAGE = Path(__file__).parent.parent / "docs" / "study.md"
 QUICK = PROFILES["quick"]
 
 
@@ -105,7 +106,15 @@ def told(seeds: int = 3, done: int | None = None) -> page.Told:
     for run in wanted[:done]:
         ap = 0.4 + 0.01 * run.seed + 0.05 * (run.variant == "DBB")
         counts = {"parameters": 100, "parameters_trained": 200, "convolutions": 9, "gflops": 0.5, "branches_left": 0}
-        found[run] = {"ap": ap, "ap50": ap, "int8_ap": ap - 0.02, "seconds": 7.0, "error": 1e-7, **counts}
+        found[run] = {
+            "ap": ap,
+            "ap50": ap,
+            "int8_ap": ap - 0.02,
+            "seconds": 7.0,
+            "cpu_seconds": 6.0,
+            "error": 1e-7,
+            **counts,
+        }
     steps = {variant.name: {"ms": [1.0, 2.0], "times": [1.0, 1.0], "memory": 1.0} for variant in VARIANTS}
     return page.Told(QUICK, wanted, found, {"steps": steps}, epochs, {}, "a machine", 2, 1, "python tools/study.py")
 
@@ -116,7 +125,8 @@ def test_the_tables() -> None:
     lines = [line for line in text.splitlines() if line.startswith("| DBB")]
     assert "4 / 2" in lines[0]  # epochs of the two budgets
     assert (
-        "| 4 | **46.00** ± 1.00 | 45.0, 46.0, 47.0 | +5.00 ± 1.63 | better | 44.00 | 2.00 (2.00 to 2.00) | 7 |" in lines[1]
+        "| 4 | **46.00** ± 1.00 | 45.0, 46.0, 47.0 | +5.00 ± 1.63 | better | 44.00 | 2.00 (2.00 to 2.00) | 7 / 6 |"
+        in lines[1]
     )
     assert "| 2 | **46.00**" in lines[2]
     plain = [line for line in text.splitlines() if line.startswith("| plain")]
@@ -131,6 +141,23 @@ def test_an_unfinished_study_says_so() -> None:
     assert "one seed: unknown" in text and "Noise" not in text
     nothing = told(done=0)
     assert page.picture(nothing) == "" and "0 of 27" in page.text(nothing, "study.svg")
+
+
+def test_the_committed_page_is_complete() -> None:
+    text = pages.part(PAGE, study.TOOL)
+    assert "Not complete" not in text
+    for variant in VARIANTS:
+        rows = [line for line in text.splitlines() if line.startswith(f"| {variant.name} |")]
+        assert len(rows) == 2 + 2 * len(plan.BUDGETS)  # costs, what is deployed, and two data sets
+    deployed = text.partition("## What is deployed")[2].partition("\n## ")[0].splitlines()
+    rows = [
+        line.split("|")[2:6]
+        for line in deployed
+        if line.startswith("| ") and "convolutions" not in line and "---" not in line
+    ]
+    assert len(rows) == len(VARIANTS) and all(row == rows[0] for row in rows)
+    assert int(rows[0][1]) == 0  # branches left
+    assert (PAGE.parent / "pictures" / "study.svg").exists()
 
 
 # ---- a run, and the whole tool -------------------------------------------------------------------------------------------

@@ -222,10 +222,10 @@ def _accuracy(told: Told, data: str, budget: str, meaning: str) -> Iterator[str]
                 against.verdict if against else "",
                 f"{statistics.mean(100 * r['int8_ap'] for r in results):.2f}",
                 f"{statistics.mean(lost):.2f} ({min(lost):.2f} to {max(lost):.2f})",
-                f"{statistics.median(r['seconds'] for r in results):.0f}",
+                " / ".join(f"{statistics.median(r[key] for r in results):.0f}" for key in ("seconds", "cpu_seconds")),
             ]
         )
-    header = ["variant", "epochs", "AP", "each seed", "to plain", "", "INT8 AP", "INT8 loses", "seconds"]
+    header = ["variant", "epochs", "AP", "each seed", "to plain", "", "INT8 AP", "INT8 loses", "seconds / of processors"]
     yield table(header, rows)
 
 

@@ -79,7 +79,7 @@ def step(model: nn.Module, x: Tensor, run: Run = lambda model, x: model(x), insi
     return {"out": out.detach(), "gradient of x": x.grad, **grads, **dict(model.named_buffers())}
 
 
-def agree(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+def assert_agree(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == wanted.keys()
     for name, value in found.items():
         size = max(1.0, float(wanted[name].detach().double().abs().max()))
@@ -88,10 +88,10 @@ def agree(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float)
         )
 
 
-def same_as_plain(model: nn.Module, x: Tensor, tolerance: float, run: Run = lambda model, x: model(x)) -> None:
+def assert_same_as_plain(model: nn.Module, x: Tensor, tolerance: float, run: Run = lambda model, x: model(x)) -> None:
     found = step(model, x, run)
     with plainly():
-        agree(found, step(model, x, run), tolerance)
+        assert_agree(found, step(model, x, run), tolerance)
 
 
 # ---- the same function ---------------------------------------------------------------------------------------------------
@@ -102,14 +102,14 @@ def same_as_plain(model: nn.Module, x: Tensor, tolerance: float, run: Run = lamb
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_gradients_and_statistics(name: str, width: int, changes: dict[str, Any]) -> None:
     size = (35, 34) if "p" in changes else (13, 9)
-    same_as_plain(layer(name, C1, width, **changes).double(), picture(size=size), 1e-12)
+    assert_same_as_plain(layer(name, C1, width, **changes).double(), picture(size=size), 1e-12)
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_in_float32(name: str, format: torch.memory_format) -> None:
     x = picture(dtype=torch.float32).contiguous(memory_format=format)
-    same_as_plain(layer(name).to(memory_format=format), x, 1e-5)
+    assert_same_as_plain(layer(name).to(memory_format=format), x, 1e-5)
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -121,10 +121,10 @@ def test_under_autocast(name: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return model(x)
 
-    same_as_plain(layer(name), x, 1e-6, cast)
+    assert_same_as_plain(layer(name), x, 1e-6, cast)
     with torch.autocast("cpu", torch.bfloat16):
-        same_as_plain(layer(name), x, 1e-6)
-        same_as_plain(layer(name), x, 1e-6, lambda model, x: _uncast(model, x))
+        assert_same_as_plain(layer(name), x, 1e-6)
+        assert_same_as_plain(layer(name), x, 1e-6, lambda model, x: _uncast(model, x))
 
 
 def _uncast(model: nn.Module, x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def test_under_checkpoint(name: str, reentrant: bool) -> None:
     def checkpointed(model: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(model, x, use_reentrant=reentrant)  # type: ignore[no-any-return]
 
-    same_as_plain(layer(name).double(), picture(), 1e-12, checkpointed)
+    assert_same_as_plain(layer(name).double(), picture(), 1e-12, checkpointed)
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -149,7 +149,7 @@ def test_beside_other_hooks(name: str) -> None:
         with torch.autograd.graph.save_on_cpu():
             return model(x)
 
-    same_as_plain(layer(name).double(), picture(), 1e-12, packed)
+    assert_same_as_plain(layer(name).double(), picture(), 1e-12, packed)
 
 
 @pytest.mark.parametrize("name", ["DiverseBranchBlock", "QARepVGGBlockV2"])
@@ -160,7 +160,7 @@ def test_a_pooling_does_not_read_its_input_in_the_backward(name: str, monkeypatc
     empty = torch.empty_strided
     monkeypatch.setattr(torch, "empty_strided", not_a_number)
     for form in (torch.contiguous_format, torch.channels_last):
-        same_as_plain(layer(name).double().to(memory_format=form), picture().contiguous(memory_format=form), 1e-12)
+        assert_same_as_plain(layer(name).double().to(memory_format=form), picture().contiguous(memory_format=form), 1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["weights", "all", "input"])
@@ -169,7 +169,9 @@ def test_where_something_has_no_gradient(name: str, frozen: str) -> None:
     model = layer(name).double()
     for parameter in model.parameters():
         parameter.requires_grad_(frozen == "input" or (frozen == "weights" and parameter.dim() == 1))
-    same_as_plain(model, picture(), 1e-12, lambda model, x: model(x.detach() + 0 * x.mean() if frozen == "input" else x))
+    assert_same_as_plain(
+        model, picture(), 1e-12, lambda model, x: model(x.detach() + 0 * x.mean() if frozen == "input" else x)
+    )
 
 
 def test_a_picture_without_a_gradient() -> None:
@@ -192,7 +194,7 @@ def test_frozen_norms_and_convolutions_with_a_bias() -> None:
 
     model = Parallel({"3x3": branch(3), "1x1": branch(1), "other": branch(1)}).double().train()
     model.get_submodule("other").get_submodule("1").eval()
-    same_as_plain(model, picture(), 1e-12)
+    assert_same_as_plain(model, picture(), 1e-12)
 
 
 def test_sums_of_other_shapes_and_dtypes() -> None:
@@ -200,10 +202,10 @@ def test_sums_of_other_shapes_and_dtypes() -> None:
     model = Parallel({"a": nn.Identity(), "b": nn.AdaptiveAvgPool2d(1), "c": nn.Identity()}).train()
     tiny = Parallel({"a": nn.AdaptiveAvgPool2d(1), "b": nn.AdaptiveAvgPool2d(1), "c": nn.Identity()}).train()
     for summed in (model, tiny):
-        same_as_plain(summed, picture(), 0)
+        assert_same_as_plain(summed, picture(), 0)
     mixed = Parallel({"a": _To(torch.bfloat16), "b": _To(torch.bfloat16), "c": _To(torch.float32)}).train()
     assert mixed(picture().requires_grad_()).dtype == torch.float32
-    same_as_plain(mixed, picture(), 0)
+    assert_same_as_plain(mixed, picture(), 0)
 
 
 class _To(nn.Module):
@@ -259,7 +261,7 @@ def test_in_transforms_of_functions() -> None:
 
     found = gradients()
     with plainly():
-        agree(found, gradients(), 1e-12)
+        assert_agree(found, gradients(), 1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own, at the first use
@@ -272,7 +274,7 @@ def test_forward_mode() -> None:
 
     found = tangent()
     with plainly():
-        agree(found, tangent(), 1e-12)
+        assert_agree(found, tangent(), 1e-12)
 
 
 def test_a_graph_that_is_kept_runs_twice_and_a_freed_one_is_refused() -> None:
@@ -326,7 +328,7 @@ def test_synchronized_norms(format: torch.memory_format) -> None:
     for branch in model.get_submodule("branches").children():
         if isinstance(branch, nn.Sequential):
             branch._modules["bn"] = Synchronized(C1).double()
-    same_as_plain(model, x, 1e-12)
+    assert_same_as_plain(model, x, 1e-12)
     with plainly():
         before = saved_bytes(model, x.requires_grad_())
     assert before - saved_bytes(model, x) == x.nbytes
@@ -430,7 +432,7 @@ def test_compiled_in_train_mode_without_a_break(name: str) -> None:
     model, x = layer(name).double(), picture()
     with plainly():
         wanted = step(model, x)
-    agree(step(model, x, lambda model, x: torch.compile(model, fullgraph=True, backend="eager")(x)), wanted, 1e-12)
+    assert_agree(step(model, x, lambda model, x: torch.compile(model, fullgraph=True, backend="eager")(x)), wanted, 1e-12)
     torch.compiler.reset()
 
 
@@ -447,7 +449,7 @@ def test_traced_in_train_mode() -> None:
     with plainly():
         assert found == traces()
     assert not recompute.applies(nn.Parameter(x)), "only plain tensors"
-    agree(step(model, x.detach(), lambda model, x: fx.symbolic_trace(model)(x)), step(model, x.detach()), 1e-12)
+    assert_agree(step(model, x.detach(), lambda model, x: fx.symbolic_trace(model)(x)), step(model, x.detach()), 1e-12)
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -473,6 +475,6 @@ def test_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         with torch.autocast("cuda", dtype) if dtype != torch.float32 else nullcontext():
             return model(x)
 
-    same_as_plain(layer(name).cuda(), x, 1e-3, run)
+    assert_same_as_plain(layer(name).cuda(), x, 1e-3, run)
     with torch.autocast("cuda", torch.float16):  # also of the backward, where a convolution would be cast
-        same_as_plain(layer(name).cuda(), x, 1e-5, _uncast)
+        assert_same_as_plain(layer(name).cuda(), x, 1e-5, _uncast)

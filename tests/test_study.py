@@ -206,7 +206,6 @@ def test_the_tool_trains_resumes_and_tells(
     place = tmp_path / "study" / "drawn-shapes" / "plain-1-epochs-seed-0"
     place.parent.mkdir(parents=True)
     place.write_text("in the way")
-    (tmp_path / "pictures").mkdir()
     assert study.main(command) == 3
     assert "plain-1-epochs-seed-0 failed" in capsys.readouterr().err
     assert "Not complete: 1 of 2" in target.read_text()

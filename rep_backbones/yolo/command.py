@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from rep_backbones.export.files import TargetError
 from rep_backbones.yolo.backends import MissingBackend
+from rep_backbones.yolo.pages import ROOT
 
 BAD_INPUT, FAILED, MISSING, INTERRUPTED = 2, 3, 4, 130
 
@@ -32,6 +33,11 @@ def ended(name: str, work: Callable[[], int], *, interrupted: str = "interrupted
         if os.environ.get("REP_YOLO_TRACEBACK"):
             traceback.print_exc()
         return failed(name, f"{type(error).__name__}: {error} (REP_YOLO_TRACEBACK=1 shows where)", FAILED)
+
+
+def of_checkout() -> dict[str, str]:
+    """The environment of a Python process that imports this package from where it is now."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
 
 
 def failed(name: str, message: str, status: int) -> int:

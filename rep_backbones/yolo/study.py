@@ -25,11 +25,10 @@ from tqdm import tqdm
 from rep_backbones.export.files import TargetError, writable_folder
 from rep_backbones.export.report import write_json
 from rep_backbones.yolo import pages
-from rep_backbones.yolo.command import FAILED, ended
+from rep_backbones.yolo.command import FAILED, ended, of_checkout
 from rep_backbones.yolo.dataset import open_data
 from rep_backbones.yolo.devices import at_hand, machine
 from rep_backbones.yolo.devices import found as device_found
-from rep_backbones.yolo.pages import ROOT
 from rep_backbones.yolo.shapes import make_shapes
 from rep_backbones.yolo.studies import one, page
 from rep_backbones.yolo.studies import plan as plans
@@ -39,7 +38,7 @@ from rep_backbones.yolo.studies.plan import PROFILES, VARIANTS, Profile, Run
 TOOL = "tools/study.py"  # as in the mark of the page
 DRAWN = "drawn-shapes"
 CLASSES = 3  # of the detectors whose steps are timed
-ROUNDS, LATENCIES = 25, 50  # steps of each variant, and pictures through each deployed form, that are timed
+LATENCIES = 50  # pictures through each deployed form that are timed
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         raise ValueError(f"--seeds {options.seeds} is not accepted; give a whole number from 1")
     if options.page:
         pages.check(options.page, TOOL)
+        writable_folder(page.pictures(options.page))
     profile, out = PROFILES[options.profile], writable_folder(options.out)
     if lacking := device_found(profile.device)[1]:
         raise ValueError(f"{lacking}; the profile for the CPU is --profile cpu")
@@ -128,7 +128,7 @@ def measured(study: Study) -> dict[str, Any]:
         "size": profile.size,
         "device": "cpu" if profile.device == "cpu" else f"cuda:{profile.device}",
         "threads": study.threads,
-        "rounds": ROUNDS if profile.size > 64 else 2,
+        "rounds": profile.rounds,
     }
     known = one.read(file)
     if known.get("asked") == asked and "steps" in known:
@@ -177,11 +177,10 @@ def _child(module: str, folder: Path, log: Path | None, running: set[subprocess.
     Raises:
         RuntimeError: it failed.
     """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
     command = [sys.executable, "-m", f"rep_backbones.yolo.studies.{module}", str(folder)]
     with ExitStack() as stack:
         stream = stack.enter_context(log.open("wb")) if log else None
-        process = stack.enter_context(subprocess.Popen(command, env=env, stdout=stream, stderr=stream))
+        process = stack.enter_context(subprocess.Popen(command, env=of_checkout(), stdout=stream, stderr=stream))
         running.add(process)
         stack.callback(running.discard, process)
         status = process.wait()

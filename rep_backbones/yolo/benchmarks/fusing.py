@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from rep_backbones.export.onnx_fuse import fuse_onnx
 from rep_backbones.fuse import fuse
 from rep_backbones.registry import LAYERS
 from rep_backbones.yolo.benchmarks.results import Findings, table
+from rep_backbones.yolo.command import of_checkout
 from rep_backbones.yolo.expanding import expand
 from rep_backbones.yolo.pages import ROOT
 from rep_backbones.yolo.shuffled import shuffled
@@ -211,7 +211,7 @@ def _exports(folder: Path) -> list[tuple[str, list[str]]]:
 
 
 def _python(*arguments: str) -> str:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    env = of_checkout()
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as for whoever uses them
     done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
     if done.returncode:

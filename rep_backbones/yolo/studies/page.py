@@ -113,7 +113,7 @@ def write(told: Told, out: Path, page: Path | None) -> None:
         ValueError, TargetError: as `pages.fill`.
     """
     chart = picture(told)
-    for folder in filter(None, (out, page and page.parent / "pictures")):
+    for folder in filter(None, (out, page and pictures(page))):
         if chart:
             with replacing(folder / "study.svg") as temporary:
                 temporary.write_text(svg.alone(chart), encoding="utf-8")
@@ -268,11 +268,16 @@ def _signed(found: Difference) -> str:
     return f"{found.points:+.2f}" + ("" if found.error is None else f" ± {STANDARD_ERRORS * found.error:.2f}")
 
 
-def first_files(told_found: Results, wanted: Sequence[Run], out: Path) -> dict[str, Path]:
+def pictures(page: Path) -> Path:
+    """The folder of a page's pictures."""
+    return page.parent / "pictures"
+
+
+def first_files(found: Results, wanted: Sequence[Run], out: Path) -> dict[str, Path]:
     """A deployed ONNX file of each variant that has one: of the first data, seed and budget."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for run in wanted:
         file = out / run.place / "best_deploy.onnx"
-        if run in told_found and run.variant not in found and file.exists():
-            found[run.variant] = file
-    return found
+        if run in found and run.variant not in files and file.exists():
+            files[run.variant] = file
+    return files

@@ -63,6 +63,7 @@ class Profile:
         drawn: training and validation pictures of the drawn shapes.
         device: of the training.
         jobs: runs at the same time, each with its share of the cores; 0: one for each core.
+        rounds: steps of each variant that are timed.
     """
 
     widths: tuple[int, int, int, int, int]
@@ -73,6 +74,7 @@ class Profile:
     drawn: tuple[int, int] = (320, 80)
     device: str = "cpu"
     jobs: int = 0
+    rounds: int = 25
 
 
 _ALIKE = {
@@ -100,7 +102,13 @@ PROFILES = {
         jobs=1,
     ),
     "quick": Profile(
-        (4, 4, 4, 8, 8), 1, 64, 1, {**_ALIKE, "batch": 4, "nbs": 4, "lr0": 0.001, "warmup_epochs": 0, "workers": 0}, (4, 2)
+        (4, 4, 4, 8, 8),
+        1,
+        64,
+        1,
+        {**_ALIKE, "batch": 4, "nbs": 4, "lr0": 0.001, "warmup_epochs": 0, "workers": 0},
+        (4, 2),
+        rounds=2,
     ),
 }
 

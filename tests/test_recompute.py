@@ -127,6 +127,18 @@ def test_under_autocast(name: str) -> None:
         assert_same_as_plain(layer(name), x, 1e-6, lambda model, x: _uncast(model, x))
 
 
+def test_as_much_is_forgotten_under_autocast() -> None:
+    model, x = layer("RepVGGBlock"), picture(dtype=torch.float32).requires_grad_()
+
+    def kept() -> int:
+        with torch.autocast("cpu", torch.bfloat16):  # each with its own cache of weights
+            return saved_bytes(model, x)
+
+    with plainly():
+        before = kept()
+    assert before - kept() == 2 * x.numel()  # what the 1x1 convolution gives, two bytes each
+
+
 def _uncast(model: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return model(x)

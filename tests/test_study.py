@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,21 @@ def test_the_tool_trains_resumes_and_tells(
     assert text.startswith("mine") and text.endswith("mine too\n") and "Not complete" not in text
     assert "latency, ms" in text and (tmp_path / "study" / "study.svg").read_text().startswith("<")
     assert (place / "best_deploy.onnx").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_what_is_under_way_and_keeps_what_is_done(tmp_path: Path) -> None:
+    """Also where the signal reaches the tool alone, as from a scheduler."""
+    command = [sys.executable, str(PAGE.parent.parent / study.TOOL), "--profile", "quick", "--seeds", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("study/*/*/result.json")):
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("study/*/*/result.json")}
+    time.sleep(15)  # a run of this size would have ended
+    assert done and done == {file: file.stat().st_mtime_ns for file in tmp_path.glob("study/*/*/result.json")}
 
 
 def test_costs_of_steps(tmp_path: Path) -> None:

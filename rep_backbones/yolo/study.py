@@ -166,7 +166,7 @@ def trained(study: Study, wanted: Sequence[Run]) -> dict[Run, str]:
                 bar.update()
     finally:  # after Ctrl-C no other begins, and those that are under way are of no use
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in running:
+        for process in list(running):
             process.terminate()
     return failed
 

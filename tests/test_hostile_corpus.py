@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import resource
 import socket
 import subprocess
@@ -32,9 +33,15 @@ MEMORY = 600 << 10  # KiB that one file may claim; importing what a command need
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What the commands import lazily is not memory that a hostile file claimed."""
-    checkpoint.load(good(tmp_path_factory.mktemp("warm") / "good.pt"))
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the commands import lazily is not memory that a hostile file claimed. And the names in a harmless file are known
+    to weights-only loading, as after one such load of the latest Ultralytics, which then reads on in a hostile one.
+    """
+    path = good(tmp_path_factory.mktemp("warm") / "good.pt")
+    checkpoint.load(path)
+    names = [name.rpartition(".") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+    with torch.serialization.safe_globals([getattr(importlib.import_module(module), name) for module, _, name in names]):
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,3 +282,19 @@ def test_a_model_without_memory(state: State) -> None:
         ours = rep_backbones.create_backbone("repvgg_a0", num_classes=10, width=0.25, depth=0.2)
     with pytest.raises(WeightsError, match="to_empty"):
         load_weights(ours, state)
+
+
+def test_a_small_file_claims_no_more_memory_than_it_has(ours: nn.Module, tmp_path: Path) -> None:
+    """Compressed, as PyTorch reads it too: 2 GB of zeros in 2 MB."""
+    torch.save({"stem": torch.zeros(1 << 20)}, tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in whole.namelist():
+            with bomb.open(name, "w", force_zip64=True) as record:
+                for _ in range(512 if name.endswith("/data/0") else 1):
+                    record.write(whole.read(name))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(ours, tmp_path / "bomb.pth", "bomb.pth", "is compressed", "save it with torch.save")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10

@@ -6,7 +6,6 @@ import importlib
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rep_backbones.weights import archive
 from rep_backbones.weights.errors import WeightsError
 
 SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors")
@@ -55,13 +55,24 @@ def _read(file: Path) -> Any:
     if file.suffix.lower() == ".safetensors":
         return _read_safetensors(file)
     try:
+        _check_size(file)
         return torch.load(file, map_location="cpu", weights_only=True)
+    except archive.Unsound as error:
+        raise WeightsError(f"{file} is not loaded: {error}") from None
     except pickle.UnpicklingError as error:
         raise WeightsError(_why_refused(file, str(error))) from None
     except OSError as error:
         raise WeightsError(f"{file} cannot be read ({error}); check its permissions, and the disk") from None
     except Exception as error:  # a damaged archive or pickle may raise anything
         raise WeightsError(_damaged(file, error)) from None
+
+
+def _check_size(file: Path) -> None:
+    """PyTorch unpacks what is compressed: two megabytes may claim all memory before a shape is looked at."""
+    with file.open("rb") as stream:
+        start = stream.read(len(archive.START))
+    if start == archive.START:
+        archive.opened(file)[0].close()
 
 
 def _why_refused(file: Path, message: str) -> str:
@@ -75,11 +86,9 @@ def _why_refused(file: Path, message: str) -> str:
 
 
 def _damaged(file: Path, error: object) -> str:
-    whole = zipfile.is_zipfile(file)
-    what = "is an archive, but not of torch.save" if whole else "is truncated or damaged, or no file of torch.save"
     text = str(error).partition("WeightsUnpickler error: ")  # in front of it stands the advice to load it the old way
     first = (text[2] or text[0]).strip().partition("\n")[0][:200]
-    return f"{file} {what} ({first}); copy or download it again"
+    return f"{file} is truncated or damaged, or no file of torch.save ({first}); copy or download it again"
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

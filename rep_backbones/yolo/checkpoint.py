@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT
 
+from rep_backbones.weights.archive import DAMAGED
 from rep_backbones.yolo.plain_data import Refused, Stored, StoredTensor, plain
 from rep_backbones.yolo.rebuild import MODELS, model_name, rebuild, stored_yaml
-from rep_backbones.yolo.unpickle import DAMAGED, Archive
+from rep_backbones.yolo.unpickle import Archive
 
 __all__ = ["Checkpoint", "Refused", "as_ultralytics", "check", "load", "load_precise"]
 

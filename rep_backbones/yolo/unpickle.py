@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from rep_backbones.weights import archive
 from rep_backbones.yolo.allowed import LAYER_PACKAGES, STORAGES, is_described, is_dropped, within
 from rep_backbones.yolo.plain_data import (
     ANEW,
@@ -37,7 +38,6 @@ from rep_backbones.yolo.plain_data import (
 
 MAX_PICKLE_BYTES = 32 << 20  # a YOLO11n checkpoint has 0.13 MB and 53,000 instructions, one with optimizer five times that
 MAX_INSTRUCTIONS = 5_000_000
-DAMAGED = "copy or download it again, or save it anew"
 
 
 # ---------------------------------------------------------------------------------------------------------------- values
@@ -330,27 +330,6 @@ INSTRUCTIONS: dict[int, Callable[[Machine], None]] = {
 
 
 # --------------------------------------------------------------------------------------------------------------- archive
-# the end of a zip: the record of its table of contents in 64 bits, where that record is, and the same in 32 bits
-_END64, _PLACE, _END = (struct.Struct(form) for form in ("<4sQHHIIQQQQ", "<4sIQI", "<4sHHHHIIH"))
-_TAIL = struct.Struct(f"{_END64.size + _PLACE.size + _END.size}s")
-
-
-def _ends_where_it_says(tail: bytes, size: int, start: int, entries: int) -> bool:
-    """Whether the table of contents at `start`, of so many `entries`, is the one that each record at the end names."""
-    end = size - _END.size
-    mark, _, _, _, count, length, offset, comment = _END.unpack(tail[-_END.size :])
-    if mark != b"PK\x05\x06" or comment:
-        return False
-    place = tail[-_PLACE.size - _END.size : -_END.size]
-    if place[:4] == b"PK\x06\x07":
-        end -= _PLACE.size + _END64.size
-        record = _END64.unpack(tail[: _END64.size])
-        count, length, offset = record[7], record[8], record[9]
-        if record[0] != b"PK\x06\x06" or _PLACE.unpack(place)[2] != end:
-            return False
-    return (offset, count) == (start, entries) and offset + length == end
-
-
 class Archive:
     """A file of `torch.save` (since PyTorch 1.6): an uncompressed zip of one pickle and one record per storage.
 
@@ -361,11 +340,11 @@ class Archive:
         self.path = path
         self.unread = 2 * path.stat().st_size + 4096  # bytes that tensors may ask for: many may name one large storage
         try:
-            self.zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
-            raise Refused(f"its archive is truncated or damaged ({error})", DAMAGED) from None
+            self.zip, self.root = archive.opened(path)
+        except archive.Unsound as error:
+            raise Refused(error.reason, error.remedy) from None
         try:
-            self.root = self._root()
+            self._check_byte_order()
         except Refused:
             self.zip.close()
             raise
@@ -376,48 +355,17 @@ class Archive:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.zip.close()
 
-    def _root(self) -> str:
-        """The folder of the archive in which everything lies, once the archive's table of contents makes sense."""
-        infos = self.zip.infolist()
-        names = [info.filename for info in infos]
-        for name in names:
-            if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-                raise Refused(f"its archive holds the path {name!r}, which points outside", "do not use this file")
-        if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos):
-            raise Refused("its archive is compressed or encrypted, which torch.save never does", "save it with torch.save")
-        if len(set(names)) != len(names) or sum(info.file_size for info in infos) > self.path.stat().st_size:
-            raise Refused("records of its archive overlap, or claim more bytes than the file has", "do not use this file")
-        pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if any("/code/" in name.lower() or name.lower().endswith("/constants.pkl") for name in names):
-            raise Refused("it is a TorchScript archive (an export), not a checkpoint", "give the .pt file it was made from")
-        if len(pickles) != 1:
-            raise Refused("it is a zip archive, but not of torch.save (no data.pkl)", "give a checkpoint, such as best.pt")
-        root = pickles[0].split("/")[0]
-        self._check_unambiguous(root)
-        order = self.record(f"{root}/byteorder") if f"{root}/byteorder" in names else b"little"
+    def _check_byte_order(self) -> None:
+        name = f"{self.root}/byteorder"
+        order = self.record(name) if name in self.zip.namelist() else b"little"
         if order != sys.byteorder.encode():
             raise Refused(f"it was saved with {order!r} byte order", f"save it on a {sys.byteorder}-endian machine")
-        return root
-
-    def _check_unambiguous(self, root: str) -> None:
-        """Whether PyTorch's own reader sees the same archive: it ignores case in names, and believes other offsets."""
-        infos = self.zip.infolist()
-        names = {info.filename.lower() for info in infos}
-        plain_names = all(info.filename == info.orig_filename and info.filename.isascii() for info in infos)
-        if len(names) != len(infos) or not plain_names or any(not info.filename.startswith(f"{root}/") for info in infos):
-            raise Refused("its archive has names that are read in two ways", "do not use this file")
-        with self.path.open("rb") as file:
-            start = file.read(4)
-            file.seek(-min(self.path.stat().st_size, _TAIL.size), 2)
-            tail = file.read()
-        if start != b"PK\x03\x04" or not _ends_where_it_says(tail, self.path.stat().st_size, self.zip.start_dir, len(infos)):
-            raise Refused("its archive has a table of contents that is read in two ways", "do not use this file")
 
     def record(self, name: str) -> bytes:
         try:
             return self.zip.read(name)
         except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
-            raise Refused(f"its archive is damaged at {name} ({error})", DAMAGED) from None
+            raise Refused(f"its archive is damaged at {name} ({error})", archive.DAMAGED) from None
 
     def contents(self, foreign: tuple[str, ...] = ()) -> Any:
         """What was saved, as descriptions. Raises Refused for anything that is not allowed, or in a package `foreign`."""
@@ -434,7 +382,7 @@ class Archive:
             raise Refused("its tensors ask for more bytes than the file has", "do not use this file")
         data = self.record(f"{self.root}/data/{storage.key}")
         if len(data) != storage.numel * storage.dtype.itemsize:
-            raise Refused(f"storage {storage.key} has {len(data)} bytes for {storage.numel} numbers", DAMAGED)
+            raise Refused(f"storage {storage.key} has {len(data)} bytes for {storage.numel} numbers", archive.DAMAGED)
         if not data:
             flat = torch.empty(0, dtype=storage.dtype)
         else:

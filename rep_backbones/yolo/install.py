@@ -1,9 +1,9 @@
 """Makes this package's layers and models known to the installed Ultralytics, in memory: no file of it is edited.
 
-What is wrapped: `nn.tasks.parse_model`, `check_yaml` and `guess_model_scale` (layers and models by name), `BaseModel.fuse`
-and `is_fused`, `AutoBackend` where it fuses the caller's own model, `utils.dist.generate_ddp_file` (workers import this
-package), `load_checkpoint` and `BaseTrainer.setup_model` (pretrained weights of other people). Each wrapper calls what it
-replaced, so it stands beside others.
+What is wrapped: `nn.tasks.parse_model`, `check_yaml`, `yaml_model_load` and `guess_model_scale` (layers and models by
+name), `BaseModel.fuse` and `is_fused`, `AutoBackend` where it fuses the caller's own model, `utils.dist.generate_ddp_file`
+(workers import this package), `load_checkpoint` and `BaseTrainer.setup_model` (pretrained weights of other people). Each
+wrapper calls what it replaced, so it stands beside others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ultralytics.engine import model as engine_model
 from ultralytics.engine import trainer as engine_trainer
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Detect
-from ultralytics.utils import dist
+from ultralytics.utils import YAML, dist
 
 from rep_backbones import backbones, blocks, containers
 from rep_backbones.expand import Expanded
@@ -56,6 +56,8 @@ def install() -> None:
         module.parse_model = parse_model
         module.guess_model_scale = guess_model_scale
     tasks.check_yaml = _yaml_by_name(tasks.check_yaml)
+    for module in (tasks, ultralytics_nn, engine_model):
+        module.yaml_model_load = _whole_name_first(module.yaml_model_load)
     dist.generate_ddp_file = _importing_ddp_file(dist.generate_ddp_file)
     fusing.install()
     for module in (tasks, engine_model, engine_trainer):
@@ -123,6 +125,19 @@ def _scale_by_name(stock: Callable[[Any], str]) -> Callable[[Any], str]:
         return found.scale if found else ""
 
     return guess_model_scale
+
+
+def _whole_name_first(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Ultralytics 8.3 takes yolov7x.yaml for yolov7.yaml with the scale x, also where there is a file of that name."""
+
+    @functools.wraps(stock)
+    def yaml_model_load(path: str | Path) -> Any:
+        found = names.find(path)
+        if found is None or found.file.name != Path(path).name:
+            return stock(path)
+        return {**YAML.load(found.file), "scale": tasks.guess_model_scale(path), "yaml_file": str(path)}
+
+    return yaml_model_load
 
 
 def _yaml_by_name(stock: Callable[..., Any]) -> Callable[..., Any]:

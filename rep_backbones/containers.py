@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rep_backbones import recompute
+from rep_backbones import one_pass, recompute
 from rep_backbones.affine import batch_norm, pair
+
+NOTHING = nn.Identity()
 
 
 def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -38,28 +40,32 @@ class Parallel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and recompute.applies(x):
-            return self._trained(x)
+            return self.trained(x)
         branches = iter(self._modules.values())
         total = next(branches)(x)  # type: ignore[misc]
         for branch in branches:
             total = total + branch(x)  # type: ignore[misc]
         return total
 
-    def _trained(self, x: Tensor) -> Tensor:
-        """The same with less that is kept for the backward."""
+    def trained(self, x: Tensor, activation: nn.Module = NOTHING) -> Tensor:
+        """`activation` of the same, with less that is kept for the backward, where `recompute.applies`."""
+        if one_pass.chosen(x):
+            y = one_pass.joint(self._modules.values(), x, activation)  # type: ignore[arg-type]
+            if y is not None:
+                return y
         first, *others = self._modules.values()
         total = first(x)  # type: ignore[misc]
-        ends = [total.grad_fn]
+        ends = [(total.grad_fn, None)]
         for index, branch in enumerate(others):
             y = branch(x)  # type: ignore[misc]
-            ends.append(y.grad_fn)
+            ends.append((y.grad_fn, None))
             # the sum of the first two is new, and no backward needs it
             if index and (y.shape, y.dtype) == (total.shape, total.dtype):
                 total += y
             else:
                 total = total + y
         recompute.release(x, ends)
-        return total
+        return activation(total)  # type: ignore[no-any-return]
 
 
 class Block(nn.Sequential):
@@ -74,10 +80,25 @@ class Block(nn.Sequential):
         for name, module in tail.items():
             self.add_module(name, module)
 
+    def forward(self, x: Tensor) -> Tensor:
+        branches, *tail = self._modules.values()
+        if self.training and tail and isinstance(branches, Parallel) and recompute.applies(x):
+            if one_pass.chosen(x) and one_pass.untouched(branches):
+                return nn.Sequential.forward(nn.Sequential(*tail[1:]), branches.trained(x, tail[0]))
+        return super().forward(x)
+
     @property
     def affine_part(self) -> nn.Module:
         """The child in front of the tail."""
         return self.get_submodule("branches")
+
+
+_SERIES = (nn.Sequential.forward, Block.forward)
+
+
+def runs_in_series(module: nn.Module) -> bool:
+    """Whether a module's forward is that of a Sequential: its children, one after the other."""
+    return isinstance(module, nn.Sequential) and type(module).forward in _SERIES
 
 
 class Residual(nn.Module):

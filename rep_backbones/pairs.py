@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from rep_backbones.containers import runs_in_series
 from rep_backbones.rules import is_series
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # exact types
@@ -38,7 +39,7 @@ def _holds_conv(module: nn.Module) -> bool:
 
 
 def _pairs(module: nn.Module) -> dict[str, str]:
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    if runs_in_series(module):
         names = list(module._modules) if is_series(module) else []
         steps = list(zip(names, names[1:]))
     else:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Kept = Callable[[], Any]  # gives what a node has saved of one tensor
+
 # the node of a batch norm -> what it has saved of its input
 NORMS: dict[str, Callable[[Any], Any]] = {
     "NativeBatchNormBackward0": lambda node: node._raw_saved_input,
@@ -43,37 +45,38 @@ def applies(x: Tensor) -> bool:
     return torch.is_grad_enabled()
 
 
-def release(x: Tensor, ends: Iterable[Any]) -> None:
+def release(x: Tensor, ends: Iterable[tuple[Any, Kept | None]]) -> None:
     """Let autograd forget what the backward of branches can compute again cheaply, or knows by its shape.
 
     Args:
         x: the branches' input.
-        ends: the nodes of their outputs, `y.grad_fn`; None for an output without a graph.
+        ends: the nodes of their outputs, `y.grad_fn`, None for an output without a graph; each with how to get at what is
+            kept of that output for a norm behind it, if one is.
     """
-    convolutions: list[tuple[int, Any, Any]] = []  # multiplications, the node, and that of the norm behind it or None
-    for node, behind in _walked(x.grad_fn, ends):
+    convolutions: list[tuple[int, Any, Kept | None]] = []  # multiplications, the node, and what the norm behind it keeps
+    for node, kept in _walked(x.grad_fn, ends):
         name = type(node).__name__
         if name == CONVOLUTION:
-            normed = behind if type(behind).__name__ in NORMS else None
-            convolutions.append((_multiplications(node), node, normed))
+            convolutions.append((_multiplications(node), node, kept))
         elif name == POOL and x.device.type in POOLED_ON:
             _forget(node._raw_saved_self)
     dearest = max((cost for cost, _, _ in convolutions), default=0)
-    for cost, node, norm in convolutions:
-        if norm is not None and 0 < cost <= max(FEW, dearest // SHARE):
-            _forget(NORMS[type(norm).__name__](norm), partial(_again, node))
+    for cost, node, kept in convolutions:
+        if kept is not None and 0 < cost <= max(FEW, dearest // SHARE):
+            _forget(kept(), partial(_again, node))
 
 
-def _walked(first: Any, ends: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """The nodes of each branch from its output back to `first`, which made its input; each with the one behind it."""
-    for node in ends:
-        behind = None
+def _walked(first: Any, ends: Iterable[tuple[Any, Kept | None]]) -> Iterator[tuple[Any, Kept | None]]:
+    """The nodes of each branch from its output back to `first`, which made its input; each with what a norm keeps of it."""
+    for node, kept in ends:
         for _ in range(LONGEST):
             if node is None or node is first:
                 break
-            yield node, behind
+            yield node, kept
+            saved = NORMS.get(type(node).__name__)
+            kept = None if saved is None else partial(saved, node)
             given = node.next_functions
-            behind, node = node, given[0][0] if given else None
+            node = given[0][0] if given else None
 
 
 def _multiplications(convolution: Any) -> int:

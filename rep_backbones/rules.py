@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from rep_backbones import affine
 from rep_backbones.affine import AffineConv, AlgebraError, pair
-from rep_backbones.containers import Block, Concat, Filter, PaddedBatchNorm2d, Parallel, Scale, Subsample, children_of
+from rep_backbones.containers import (
+    Block,
+    Concat,
+    Filter,
+    PaddedBatchNorm2d,
+    Parallel,
+    Scale,
+    Subsample,
+    children_of,
+    runs_in_series,
+)
 
 Rule = Callable[[Any, int | None], AffineConv]
 
@@ -330,7 +340,7 @@ def is_series(module: nn.Module) -> bool:
     The rows of an Ultralytics model stand in a Sequential too, but its graph decides who follows whom: they carry `i` and
     `f`.
     """
-    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+    if not runs_in_series(module):
         return False
     return not any({"i", "f"} <= vars(child).keys() for child in module.children())
 

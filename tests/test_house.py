@@ -19,6 +19,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 VERBS = "fuse verify foreign pairs candidates expand decay online_form gradient_form rep_optimizers training_forms"
 ARROWS = (
     "blank affine recompute",
+    "one_pass",
     "containers",
     "rules",
     "online",

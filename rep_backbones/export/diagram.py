@@ -29,6 +29,7 @@ from rep_backbones.containers import (
     Scale,
     Split,
     Subsample,
+    runs_in_series,
 )
 from rep_backbones.export.files import replacing
 from rep_backbones.online import Online
@@ -66,7 +67,7 @@ def drawing(module: nn.Module) -> Drawing:
         return shape(module)
     if label := LABELS.get(type(module)):
         return _box(*label(module))
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    if runs_in_series(module):
         return _series([drawing(child) for child in module.children()])
     return _box(_readable(type(module).__name__), OTHER)
 

@@ -25,7 +25,7 @@ from torch import nn
 from ultralytics.nn.modules import C2, C3, SPPF, ChannelAttention, Conv, DWConv, RepC3, TorchVision
 
 from rep_backbones.backbones import Stages
-from rep_backbones.containers import Concat, Gate, PoolPyramid, Residual, Scale, Split
+from rep_backbones.containers import Block, Concat, Gate, PoolPyramid, Residual, Scale, Split
 from rep_backbones.fuse import fuse
 
 _PACKAGE = "rep_backbones"
@@ -133,7 +133,11 @@ STOCK: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Scale: _scale,
 }
 # likewise of subclasses that only make their children, by the forward that they share
-SERIES: dict[Any, Callable[[Any], nn.Module]] = {nn.Sequential.forward: _sequential, Stages.forward: _stages}
+SERIES: dict[Any, Callable[[Any], nn.Module]] = {
+    nn.Sequential.forward: _sequential,
+    Block.forward: _sequential,
+    Stages.forward: _stages,
+}
 
 
 def _shell(cls: type[nn.Module], **parts: nn.Module) -> nn.Module:

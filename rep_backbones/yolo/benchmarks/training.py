@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import modules as stock
 
+from rep_backbones import one_pass
 from rep_backbones.blocks.parts import conv_bn
 from rep_backbones.candidates import ExpandError
 from rep_backbones.containers import Block, Parallel
@@ -29,7 +31,7 @@ from rep_backbones.yolo.training_cost import Cost, plain_twin, step_costs
 
 Shape = tuple[int, int, int]  # pictures, channels, pixels of a side
 
-HERE, TWIN = "this package", "plain twin"
+HERE, TWIN, ONE_PASS = "this package", "plain twin", "one pass"
 FLOOR, OF_FLOOR = "floor, conv + BN + ReLU and one 1x1 conv", "this package, against the floor"
 OTHERS = ("Ultralytics", "timm")  # whose blocks are in TODAY
 WARMUP = 2  # untimed rounds of whole detectors
@@ -129,6 +131,18 @@ class WithLoss(nn.Module):
         return self.model.loss({**dict(self.named_buffers(recurse=False)), "img": x})[0].sum()
 
 
+class OnePass(nn.Module):
+    """A layer or network, trained with `rep_backbones.one_pass`."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with one_pass.switched_on():
+            return self.inner(x)  # type: ignore[no-any-return]
+
+
 def measured(device: torch.device, quick: bool, only: str, runs: int | None) -> Findings:
     """Training steps on `device`.
 
@@ -175,6 +189,8 @@ def _layer(name: str, shape: Shape, device: torch.device, plan: Plan) -> list[Ro
     others = {whose: make(channels) for whose, make in TODAY.get(name, {}).items() if _has(whose)}
     if name in FLOORS:
         others[FLOOR] = FLOORS[name](channels)
+    if device.type == "cuda":
+        others[f"{HERE}, {ONE_PASS}"] = OnePass(copy.deepcopy(layer))
     forms = {TWIN: plain_twin(layer), HERE: layer, **others}
     costs = step_costs(_placed(forms, device), _noise(shape, device, True), plan.runs, seconds=plan.seconds)
     found = [Row(name, whose, shape, cost, costs[TWIN]) for whose, cost in costs.items() if whose != TWIN]
@@ -184,6 +200,8 @@ def _layer(name: str, shape: Shape, device: torch.device, plan: Plan) -> list[Ro
 def _detector(name: str, forms: Mapping[str, nn.Module], device: torch.device, plan: Plan) -> list[Row]:
     x = _noise(plan.detectors, device, False)
     models = _placed({form: WithLoss(model, len(x)) for form, model in forms.items()}, device)
+    if device.type == "cuda":
+        models |= {f"{form}, {ONE_PASS}": OnePass(copy.deepcopy(model)) for form, model in models.items() if form != TWIN}
     with tqdm(total=WARMUP + plan.runs, desc=name, unit="round") as bar:
         costs = step_costs(models, x, plan.runs, WARMUP, plan.detector_seconds, bar.update)
     return [Row(form, HERE, plan.detectors, cost, costs[TWIN]) for form, cost in costs.items() if form != TWIN]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from rep_backbones import one_pass
 from rep_backbones.containers import Block, Parallel
 from rep_backbones.one_pass.function import ACTIVATIONS, JointNorm, Reference
+from rep_backbones.yolo.benchmarks import training
 from rep_backbones.yolo.benchmarks.training import OnePass
-from rep_backbones.yolo.training_cost import saved_bytes
+from rep_backbones.yolo.training_cost import plain_twin, saved_bytes
 
 HERE = Path(__file__).parent
 # in training form their branches end in a norm each
@@ -351,3 +353,20 @@ def test_the_benchmark_switches_it_on_for_its_rows(calls: list[int]) -> None:
     assert not calls
     OnePass(model)(picture(dtype=torch.float32))
     assert calls == [3]
+
+
+def test_the_benchmark_has_a_row_with_it_on_a_gpu(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which the CPU stands."""
+    place, noise = training._placed, training._noise
+    monkeypatch.setattr(training, "_placed", lambda forms, device: place(forms, torch.device("cpu")))
+    monkeypatch.setattr(training, "_noise", lambda shape, device, gradient: noise(shape, torch.device("cpu"), gradient))
+    plan = replace(training.PLANS["quick"], runs=1)
+    rows = training._layer("ACBlock", (1, 8, 8), torch.device("cuda"), plan)
+    assert [row.of for row in rows] == [training.HERE, "this package, one pass"] and set(calls) == {3}
+    detector = nn.Sequential(layer("RepVGGBlock", 3, 3))
+    monkeypatch.setattr(training, "WithLoss", lambda model, pictures: model)
+    forms = {training.TWIN: plain_twin(detector), "small": detector}
+    assert [row.name for row in training._detector("small", forms, torch.device("cuda"), plan)] == [
+        "small",
+        "small, one pass",
+    ]

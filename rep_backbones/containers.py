@@ -53,19 +53,7 @@ class Parallel(nn.Module):
             y = one_pass.joint(self._modules.values(), x, activation)  # type: ignore[arg-type]
             if y is not None:
                 return y
-        first, *others = self._modules.values()
-        total = first(x)  # type: ignore[misc]
-        ends = [(total.grad_fn, None)]
-        for index, branch in enumerate(others):
-            y = branch(x)  # type: ignore[misc]
-            ends.append((y.grad_fn, None))
-            # the sum of the first two is new, and no backward needs it
-            if index and (y.shape, y.dtype) == (total.shape, total.dtype):
-                total += y
-            else:
-                total = total + y
-        recompute.release(x, ends)
-        return activation(total)  # type: ignore[no-any-return]
+        return activation(recompute.added(x, (branch(x) for branch in self._modules.values())))  # type: ignore[misc, no-any-return]
 
 
 class Block(nn.Sequential):
@@ -84,7 +72,10 @@ class Block(nn.Sequential):
         branches, *tail = self._modules.values()
         if self.training and tail and isinstance(branches, Parallel) and recompute.applies(x):
             if one_pass.chosen(x) and one_pass.untouched(branches):
-                return nn.Sequential.forward(nn.Sequential(*tail[1:]), branches.trained(x, tail[0]))
+                x = branches.trained(x, tail[0])
+                for module in tail[1:]:
+                    x = module(x)
+                return x
         return super().forward(x)
 
     @property

@@ -45,6 +45,22 @@ def applies(x: Tensor) -> bool:
     return torch.is_grad_enabled()
 
 
+def added(x: Tensor, outputs: Iterable[Tensor]) -> Tensor:
+    """The sum of what branches on `x` give, with less kept for the backward; where it `applies`."""
+    values = iter(outputs)
+    total = next(values)
+    ends: list[tuple[Any, Kept | None]] = [(total.grad_fn, None)]
+    for index, y in enumerate(values):
+        ends.append((y.grad_fn, None))
+        # the sum of the first two is new, and no backward needs it
+        if index and (y.shape, y.dtype) == (total.shape, total.dtype):
+            total += y
+        else:
+            total = total + y
+    release(x, ends)
+    return total
+
+
 def release(x: Tensor, ends: Iterable[tuple[Any, Kept | None]]) -> None:
     """Let autograd forget what the backward of branches can compute again cheaply, or knows by its shape.
 

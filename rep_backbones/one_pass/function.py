@@ -14,7 +14,7 @@ _FUNCTIONS = (lambda x: x, torch.relu, F.silu)
 
 
 class Passes(Protocol):
-    """Who computes: `reference` in this file, or `kernels`."""
+    """Who computes: `Reference`, or the module `kernels`."""
 
     def forward(
         self, xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], eps: float, activation: int
@@ -105,7 +105,7 @@ class JointNorm(torch.autograd.Function):
             grad = torch.empty_like(xs[0]).copy_(grad)
         grads, weights, bias = ctx.passes.backward(grad, xs, statistics, wanted[:count], ctx.activation)
         of_weights = weights.to(given[count].dtype).unbind()
-        of_biases = bias.to(given[count].dtype).repeat(count, 1).unbind()  # each its own memory
+        of_biases = bias.to(given[count].dtype).repeat(count, 1).unbind()  # none in another's place
         rest = [value if want else None for value, want in zip((*of_weights, *of_biases), wanted[count:])]
         return (*none, *grads, *rest)
 
@@ -113,6 +113,7 @@ class JointNorm(torch.autograd.Function):
 def _differentiable(
     grad: Tensor, given: Sequence[Tensor], wanted: Sequence[bool], eps: float, activation: int
 ) -> list[Tensor | None]:
+    given = [tensor.view_as(tensor) for tensor in given]  # one may be made of another, and only the sum's own paths count
     count = len(given) // 3
     total: Any = sum(
         F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)

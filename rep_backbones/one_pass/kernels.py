@@ -25,6 +25,7 @@ RELU = tl.constexpr(1)
 SILU = tl.constexpr(2)
 PROGRAMS = 1024  # of a pass, about: some for each multiprocessor of a large GPU
 TILE = 1024  # values of a tile, at most
+RUNS = 64  # of which statistics are combined at once
 
 
 @triton.jit
@@ -100,27 +101,34 @@ def moments(
 @triton.jit
 def finish(
     partial, weights, biases, statistics, pictures, tiles, pixels, channels, run, runs, eps,
-    B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    B: tl.constexpr, RUNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """statistics: `(4 B + 1, channels)`, as `function.statistics` has them."""
+    """statistics: `(4 B + 1, channels)`, as `function.Passes` has them."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     shift = tl.zeros([BLOCK_C], tl.float32)
     for b in tl.static_range(B):
         mean = tl.zeros([BLOCK_C], tl.float32)
         squares = tl.zeros([BLOCK_C], tl.float32)
         count = eps * 0.0
-        for index in range(0, runs):
-            first = index * run
+        for start in range(0, runs, RUNS):
+            index = start + tl.arange(0, RUNS)
+            first = tl.minimum(index * run, pictures * tiles)
             last = tl.minimum(first + run, pictures * tiles)
             # whole pictures, and the pixels of what is left of one
-            here = ((last // tiles) * pixels + tl.minimum((last % tiles) * BLOCK_P, pixels)).to(tl.float32)
-            here -= ((first // tiles) * pixels + tl.minimum((first % tiles) * BLOCK_P, pixels)).to(tl.float32)
-            part = partial + (b * 2 * runs + index) * channels + c
-            away = tl.load(part, mask=c < channels, other=0.0) - mean
+            values = (last // tiles) * pixels + tl.minimum((last % tiles) * BLOCK_P, pixels)
+            values -= (first // tiles) * pixels + tl.minimum((first % tiles) * BLOCK_P, pixels)
+            weight = values.to(tl.float32)[:, None]
+            part = partial + (b * 2 * runs + index)[:, None] * channels + c[None, :]
+            there = (index < runs)[:, None] & (c < channels)[None, :]
+            means = tl.load(part, mask=there, other=0.0)
+            here = tl.sum(weight)
+            middle = tl.sum(means * weight, 0) / here
+            away = middle - mean
+            spreads = tl.load(part + runs * channels, mask=there, other=0.0)
+            spreads += (means - middle[None, :]) * (means - middle[None, :]) * weight
             share = here / (count + here)
             mean += away * share
-            squares += tl.load(part + runs * channels, mask=c < channels, other=0.0)
-            squares += away * away * (count * share)
+            squares += tl.sum(spreads, 0) + away * away * (count * share)
             count += here
         variance = squares / count
         inverse = 1.0 / tl.sqrt(variance + eps)
@@ -226,35 +234,40 @@ class _Cut:
 def forward(
     xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], eps: float, activation: int
 ) -> tuple[Tensor, Tensor]:
-    """As `function.forward`."""
+    """As `function.Passes`; on the device of the tensors."""
     cut, count, channels = _Cut.of(xs[0]), len(xs), xs[0].shape[1]
     runs = cut.grid[1]
     partial = xs[0].new_empty((count, 2, runs, channels), dtype=torch.float32)
     found = xs[0].new_empty((4 * count + 1, channels), dtype=torch.float32)
     y = torch.empty_like(xs[0])
     given = tuple(xs)
-    moments[cut.grid](given, partial, *cut.sizes, *cut.steps, cut.run, count, **cut.blocks)
-    finish[cut.grid[:1]](partial, tuple(weights), tuple(biases), found, *cut.sizes, cut.run, runs, eps, count, **cut.blocks)
-    apply[cut.grid](given, y, found, *cut.sizes, *cut.steps, cut.run, count, activation, **cut.blocks)
+    with torch.cuda.device_of(y):
+        moments[cut.grid](given, partial, *cut.sizes, *cut.steps, cut.run, count, **cut.blocks)
+        finish[cut.grid[:1]](
+            partial, tuple(weights), tuple(biases), found, *cut.sizes, cut.run, runs, eps, count, RUNS, **cut.blocks
+        )
+        apply[cut.grid](given, y, found, *cut.sizes, *cut.steps, cut.run, count, activation, **cut.blocks)
     return y, found
 
 
 def backward(
     grad: Tensor, xs: Sequence[Tensor], statistics: Tensor, wanted: Sequence[bool], activation: int
 ) -> tuple[list[Tensor | None], Tensor, Tensor]:
-    """As `function.backward`."""
+    """As `function.Passes`; on the device of the tensors."""
     cut, count, channels = _Cut.of(xs[0]), len(xs), xs[0].shape[1]
     given, rows = tuple(xs), triton.next_power_of_2(count + 1)
     partial = grad.new_empty((count + 1, cut.grid[1], channels), dtype=torch.float32)
-    reduce[cut.grid](
-        grad, given, statistics, partial, *cut.sizes, *cut.steps, cut.run, count, rows, activation, **cut.blocks
-    )
+    with torch.cuda.device_of(grad):
+        reduce[cut.grid](
+            grad, given, statistics, partial, *cut.sizes, *cut.steps, cut.run, count, rows, activation, **cut.blocks
+        )
     sums = partial.sum(1)
     grads = [torch.empty_like(x) if want else None for x, want in zip(xs, wanted)]
     if any(wanted):
         bits = sum(1 << index for index, want in enumerate(wanted) if want)
         places: tuple[Any, ...] = tuple(x if made is None else made for x, made in zip(xs, grads))
-        spread[cut.grid](
-            grad, given, statistics, sums, places, *cut.sizes, *cut.steps, cut.run, count, bits, activation, **cut.blocks
-        )
+        with torch.cuda.device_of(grad):
+            spread[cut.grid](
+                grad, given, statistics, sums, places, *cut.sizes, *cut.steps, cut.run, count, bits, activation, **cut.blocks
+            )
     return grads, sums[:count], sums[count]
